@@ -1,0 +1,1 @@
+"""Preference data: records, sources and row roles."""

@@ -1,0 +1,81 @@
+"""The one shape of data: a prompt and its K completions.
+
+A preference pair is K=2 with an order, a ranking K>2, an unpaired example K=1 with a label (SFT: K=1 without one), an
+AI-labelled pair K=2 with a soft label. `Record` is text as read; `Example` the same after tokenising.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Text = str | tuple[Message, ...]
+"""Plain text, or a conversation that the model's chat template renders."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known about the K completions of one prompt.
+
+    Args:
+        ranks: rank of each completion, 0 = best; None when unordered. Completions of a pair stand best first.
+        desirable: the label of an unpaired completion (K=1).
+        soft_label: probability that completion 0 is preferred to completion 1, in [0, 1].
+        margin: annotated distance between completion 0 and completion 1, >= 0.
+        scores: a frozen scorer's value of each completion.
+    """
+
+    ranks: tuple[int, ...] | None = None
+    desirable: bool | None = None
+    soft_label: float | None = None
+    margin: float | None = None
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt and its completions as text.
+
+    Args:
+        id: where it was read, as `file:line` (1-based); unique within a data set.
+        prompt: everything before the completion.
+        completions: K texts (or lists of assistant messages) that continue the prompt.
+        labels: order, label or scores.
+        key: what the role split hashes: the first human turn, whitespace-normalised.
+    """
+
+    id: str
+    prompt: Text
+    completions: tuple[Text, ...]
+    labels: Labels = field(default_factory=Labels)
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record after tokenising: prompt ids shared by all completions, completion ids with EOS where it is scored.
+
+    Args:
+        id: the record's id.
+        prompt_ids: at least one token.
+        completion_ids: K non-empty id sequences.
+        labels: the record's labels.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[tuple[int, ...], ...]
+    labels: Labels = field(default_factory=Labels)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the shared forward encodes: the prompt once, every completion."""
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.completion_ids)
