@@ -1,0 +1,260 @@
+"""A causal LM of transformers as a policy: shared forward, optional LoRA adapters, optional value and reward heads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from losses.types import VOCABULARY
+from torch import Tensor, nn
+
+from prefopt.errors import ConfigError
+from prefopt.forward import scatter_all, token_quantities
+from prefopt.models.attention import IMPLEMENTATION, build_buckets
+from prefopt.packing import PackedBatch
+
+# A linear head on a frozen-scale feature learns with steps ten times those of the backbone.
+HEAD_LR_SCALE = 10.0
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on every linear layer of the backbone (Hu 2021)."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+
+
+class CausalLMPolicy(nn.Module):
+    """The policy protocol for a Hugging Face causal LM.
+
+    Args:
+        model: any causal LM with the standard attention interface; used in place.
+        tokenizer: saved beside the model.
+        lora: adapters; None trains all weights.
+        heads: any of "value" (a value before each token) and "reward" (one at the last token).
+        dropout: keep the model's dropout in training; off by default, so that policy and reference agree at step 0.
+
+    Raises:
+        ConfigError: peft is missing, or the model's logits are not its output embedding of its last hidden state.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, lora: LoRA | None = None, heads: Collection[str] = (), dropout: bool = False
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.dropout = dropout
+        self.lora = lora
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        _check_head(model)
+        self.model = model if lora is None else _add_lora(model, lora)
+        base = self.base
+        self.heads = nn.ModuleDict({name: _new_head(name, base.config.hidden_size) for name in sorted(heads)})
+        self.heads.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        base.set_attn_implementation(IMPLEMENTATION)
+        self.train(False)
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, adapters (if any) in its layers."""
+        return self.model if self.lora is None else self.model.get_base_model()
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.base.config.get_text_config().vocab_size)
+
+    def train(self, mode: bool = True) -> CausalLMPolicy:
+        """Dropout stays off unless it was asked for: a noisy log-ratio at step 0 is not zero."""
+        return super().train(mode and self.dropout)
+
+    @contextlib.contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """Switches adapters off for None; "policy" is the only adapter so far."""
+        if name not in ("policy", None):
+            raise ConfigError(f"this policy has no adapter {name!r}; it has 'policy' (and None: adapters off).")
+        if name is None and self.lora is None:
+            raise ConfigError("adapter=None means the reference under LoRA; a fully fine-tuned policy needs a reference model of its own.")
+        with self.model.disable_adapter() if name is None else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def plain_attention(self) -> Iterator[Any]:
+        """The model with transformers' own attention and mask, for padded generation."""
+        self.base.set_attn_implementation("sdpa")
+        try:
+            yield self.model
+        finally:
+            self.base.set_attn_implementation(IMPLEMENTATION)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """[S, D] last hidden states of the packed tokens."""
+        inner = getattr(self.base, self.base.base_model_prefix)
+        with self._autocast():
+            output = inner(
+                input_ids=batch.input_ids.unsqueeze(0),
+                position_ids=batch.position_ids.unsqueeze(0),
+                use_cache=False,
+                buckets=build_buckets(batch.groups, batch.input_ids.device),
+            )
+        return output.last_hidden_state[0]
+
+    def rows(self, batch: PackedBatch, quantities: Collection[str], *, reference: CausalLMPolicy | None = None) -> dict[str, Tensor]:
+        """Row tensors: [N, T] `token_logps`, `entropies`, `token_kls`, `policy_kls`, `token_log_sum_sq`, `values`; [N] `rewards`.
+
+        Args:
+            batch: on any device.
+            quantities: which of them.
+            reference: the live reference for full-vocabulary KLs.
+        """
+        batch = batch.to(self.device)
+        hidden = self.hidden(batch)
+        found: dict[str, Tensor] = {}
+        for name, position in (("values", batch.predict), ("rewards", batch.last)):
+            if name in quantities:
+                found[name] = self._head(name)(hidden[position]).squeeze(-1)
+        wanted = [name for name in quantities if name not in found]
+        if wanted:
+            other = None
+            if reference is not None:
+                with torch.no_grad():
+                    other = (reference.hidden(batch)[batch.predict], reference.base.get_output_embeddings())
+            with self._autocast():
+                found |= token_quantities(
+                    hidden[batch.predict],
+                    batch.targets,
+                    self.base.get_output_embeddings(),
+                    names=wanted,
+                    sampling=batch.sampling,
+                    vocabulary=self.vocabulary,
+                    reference=other,
+                )
+        per_token = {name: value for name, value in found.items() if name != "rewards"}
+        return {**found, **scatter_all(batch, per_token)}
+
+    def evaluate(self, batch: PackedBatch, needs: Collection[str], *, adapter: str | None = "policy") -> dict[str, Tensor]:
+        """See `Policy.evaluate`."""
+        quantities = sorted({_quantity(name) for name in needs})
+        with self.adapter(adapter):
+            rows = self.rows(batch, quantities)
+        if "token_logps" in rows:
+            rows["policy_token_logps"] = rows.pop("token_logps")
+        return batch.to(self.device).tensors(needs, rows)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Matrices decay, vectors do not; heads take larger steps."""
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in weights if p.dim() >= 2], "lr_scale": 1.0, "decay": True},
+            {"params": [p for p in weights if p.dim() < 2], "lr_scale": 1.0, "decay": False},
+            {"params": list(self.heads.parameters()), "lr_scale": HEAD_LR_SCALE, "decay": False},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Trainable tensors by name; tied weights appear once."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copies `state` into the trainable parameters.
+
+        Raises:
+            KeyError: names are missing or unexpected: another model, or other adapters.
+        """
+        own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if own.keys() != state.keys():
+            raise KeyError(f"checkpoint does not fit: missing {sorted(own.keys() - state.keys())[:3]}, unexpected {sorted(state.keys() - own.keys())[:3]}.")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def save(self, folder: Path) -> None:
+        """Model (or adapter), tokenizer and chat template in the Hugging Face layout; heads in heads.safetensors."""
+        from safetensors.torch import save_file
+
+        with self.plain_attention():
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.heads:
+            save_file({name: value.contiguous() for name, value in self.heads.state_dict().items()}, folder / "heads.safetensors")
+
+    def _head(self, quantity: str) -> nn.Module:
+        name = {"values": "value", "rewards": "reward"}[quantity]
+        if name not in self.heads:
+            raise ConfigError(f"the loss needs {quantity!r}, but this policy was built without a {name} head: pass heads=({name!r},).")
+        return self.heads[name]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.device.type == "cuda" and self.dtype == torch.float32:
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+def head_names(needs: Collection[str]) -> tuple[str, ...]:
+    """The heads that a loss's tensors call for."""
+    quantities = {_quantity(name) for name in needs if VOCABULARY[name].source == "policy"}
+    return tuple(head for head, quantity in (("reward", "rewards"), ("value", "values")) if quantity in quantities)
+
+
+def _quantity(name: str) -> str:
+    """Which row quantity a policy tensor of the vocabulary follows from."""
+    if name.endswith("logps"):
+        return "token_logps"
+    for quantity in ("token_kls", "token_log_sum_sq", "rewards"):
+        if name.endswith(quantity):
+            return quantity
+    return name
+
+
+class _Head(nn.Linear):
+    """A scalar head that stays in its own precision under autocast: bf16 values overflow or quantise."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return super().forward(states.to(self.weight.dtype))
+
+
+def _new_head(name: str, size: int) -> nn.Linear:
+    if name not in ("value", "reward"):
+        raise ConfigError(f"unknown head {name!r}; known: 'value', 'reward'.")
+    head = _Head(size, 1)
+    nn.init.zeros_(head.bias)
+    if name == "value":
+        nn.init.zeros_(head.weight)  # starts at V = 0, so the first advantages are the rewards themselves
+    else:
+        nn.init.normal_(head.weight, std=(size + 1) ** -0.5)
+    return head
+
+
+def _add_lora(model: Any, lora: LoRA) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("LoRA needs the 'peft' extra: pip install -e '.[peft]'; or train all weights (no --lora).") from error
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def _check_head(model: Any) -> None:
+    """The shared forward takes logits as head(hidden); architectures that rescale or cap them would be wrong silently."""
+    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=next(model.parameters()).device).unsqueeze(0)
+    training = model.training
+    model.set_attn_implementation("sdpa")
+    model.eval()
+    hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+    expected, got = model(input_ids=ids, use_cache=False).logits, model.get_output_embeddings()(hidden)
+    model.train(training)
+    if not torch.allclose(expected, got, atol=1e-3, rtol=1e-3):
+        raise ConfigError(
+            f"{type(model).__name__}: its logits are not its output embedding of its last hidden state (largest difference "
+            f"{(expected - got).abs().max():.3g}); logit scaling or soft-capping is not supported by the shared forward."
+        )
