@@ -50,6 +50,8 @@ class Record:
         completions: K texts (or lists of assistant messages) that continue the prompt.
         labels: order, label or scores.
         key: what the role split hashes: the first human turn, whitespace-normalised.
+        source: the source that it came from, so that sources can be reported apart.
+        official_test: it belongs to the data set's own test split.
     """
 
     id: str
@@ -57,6 +59,8 @@ class Record:
     completions: tuple[Text, ...]
     labels: Labels = field(default_factory=Labels)
     key: str = ""
+    source: str = ""
+    official_test: bool = False
 
 
 @dataclass(frozen=True)
