@@ -8,6 +8,8 @@ Modules of this package are found, not listed: every function that a module regi
 
 import importlib
 import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from losses.registry import BoundLoss, Coefficient, Loss, RegistrationError, UnknownName, compose, get, names, register
 from losses.types import VOCABULARY, LossOutput, Max
@@ -15,8 +17,14 @@ from losses.types import VOCABULARY, LossOutput, Max
 IS_PREFOPT = True  # tells prefopt that this is its own package and not a foreign module of the same name
 
 __all__ = [
-    "VOCABULARY", "BoundLoss", "Coefficient", "Loss", "LossOutput", "Max", "RegistrationError", "UnknownName", "compose", "get", "names", "register",
+    "VOCABULARY", "BoundLoss", "Coefficient", "Loss", "LossOutput", "Max", "RegistrationError", "UnknownName",
+    "compose", "get", "names", "register",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., LossOutput]: ...  # type checkers cannot see what the loop below finds
+
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

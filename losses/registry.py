@@ -63,9 +63,7 @@ def read_signature(function: Callable[..., Any], owner: str) -> Signature:
         RegistrationError: a tensor name outside the vocabulary, a hyper-parameter without default or annotation, or
             `*args`/`**kwargs`.
     """
-    hints = get_type_hints(function)
-    help_lines = _argument_help(inspect.getdoc(function) or "")
-    required, optional, hyper = [], [], {}
+    required, optional = [], []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             if name not in VOCABULARY:
@@ -78,14 +76,32 @@ def read_signature(function: Callable[..., Any], owner: str) -> Signature:
             elif parameter.default is None:
                 optional.append(name)
             else:
-                raise RegistrationError(f"{owner}: tensor {name!r} has default {parameter.default!r}; only None (optional data) is allowed.")
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            if parameter.default is parameter.empty or name not in hints:
-                raise RegistrationError(f"{owner}: hyper-parameter {name!r} needs an annotation and a default, as in `*, {name}: float = 0.1`.")
-            hyper[name] = HyperParameter(name, hints[name], parameter.default, help_lines.get(name, ""))
-        else:
+                raise RegistrationError(
+                    f"{owner}: tensor {name!r} has default {parameter.default!r}; only None (optional data) is allowed."
+                )
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
             raise RegistrationError(f"{owner}: {parameter} hides what the function needs; name each tensor.")
-    return Signature(tuple(required), tuple(optional), hyper)
+    return Signature(tuple(required), tuple(optional), read_options(function, owner))
+
+
+def read_options(function: Callable[..., Any], owner: str) -> dict[str, HyperParameter]:
+    """The keyword-only parameters of a function as hyper-parameters, with their help from its docstring's `Args:`.
+
+    Raises:
+        RegistrationError: one without annotation or default.
+    """
+    hints = get_type_hints(function)
+    help_lines = _argument_help(inspect.getdoc(function) or "")
+    options = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if parameter.default is parameter.empty or name not in hints:
+            raise RegistrationError(
+                f"{owner}: hyper-parameter {name!r} needs an annotation and a default, as in `*, {name}: float = 0.1`."
+            )
+        options[name] = HyperParameter(name, hints[name], parameter.default, help_lines.get(name, ""))
+    return options
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,7 @@ class BoundTerm:
         if missing:
             raise KeyError(f"{self.name}: needs {', '.join(missing)}, got {', '.join(sorted(tensors))}.")
         given = {name: tensors[name] for name in self.needs | (self.optional & tensors.keys())}
+        _check_shapes(self.name, given)
         return self.function(**given, **self.keywords)
 
 
@@ -177,7 +194,9 @@ class Loss:
         for name in hyper:
             if name not in self.hyper:
                 known = ", ".join(self.hyper) or "none"
-                raise UnknownName(f"{self.name} has no option {name!r}{_suggest(name, self.hyper)}. Its options: {known}.")
+                raise UnknownName(
+                    f"{self.name} has no option {name!r}{_suggest_option(name, self.hyper)}. Its options: {known}."
+                )
         values = {name: hyper.get(name, parameter.default) for name, parameter in self.hyper.items()}
         bound = []
         for term in self.terms:
@@ -186,11 +205,8 @@ class Loss:
                 continue
             keywords = {keyword: values[flag] for flag, keyword in term.flags.items()}
             signature = term.signature
-            bound.append(
-                BoundTerm(
-                    term.name, float(coefficient), term.coupled, frozenset(signature.required), frozenset(signature.optional), term.function, keywords
-                )
-            )
+            needs, optional = frozenset(signature.required), frozenset(signature.optional)
+            bound.append(BoundTerm(term.name, float(coefficient), term.coupled, needs, optional, term.function, keywords))
         if not bound:
             raise ValueError(f"{self.name}: every term has coefficient 0, so there is nothing to minimise.")
         return BoundLoss(self.name, tuple(bound), values)
@@ -216,8 +232,8 @@ def register(
 
     def add(function: LossFunction) -> LossFunction:
         signature = read_signature(function, f"loss {name!r}")
-        flags = {flag: flag for flag in signature.hyper}
-        _add(Loss(name, (Term(name, function, signature, coupled, 1.0, flags),), advantage, inspect.getdoc(function) or ""), function)
+        term = Term(name, function, signature, coupled, 1.0, {flag: flag for flag in signature.hyper})
+        _add(Loss(name, (term,), advantage, inspect.getdoc(function) or ""))
         return function
 
     return add
@@ -237,31 +253,52 @@ def compose(
     Args:
         name: the new loss's name.
         terms: coefficient by loss name: a number, or a `Coefficient(flag, default)` that users set.
-        advantage: as in `register`.
+        advantage: as in `register`; by default the one that the terms name.
         doc: what it is and where it comes from; `--help` prints it.
         prefix_flags: name the flags `<term>_<flag>`; without it two terms that share a flag are an error.
 
     Raises:
-        RegistrationError: two terms with the same flag, or the name is taken.
+        RegistrationError: one term twice, two terms with the same flag or different advantage functions, a weight on a
+            sum that has weights of its own, or the name is taken.
         UnknownName: a term that is not registered.
     """
     made: list[Term] = []
     taken: dict[str, str] = {}
     for term_name, coefficient in terms.items():
         for part in get(term_name).terms:
+            if any(part.name == other.name for other in made):
+                raise RegistrationError(f"loss {name!r}: the term {part.name!r} appears twice; give it one coefficient.")
             flags = {f"{term_name}_{flag}" if prefix_flags else flag: keyword for flag, keyword in part.flags.items()}
-            own = part.coefficient
-            if len(get(term_name).terms) > 1 and (isinstance(own, Coefficient) or isinstance(coefficient, Coefficient)):
-                raise RegistrationError(f"loss {name!r}: {term_name!r} is itself a sum with a weight of its own; name its terms instead.")
-            weight = coefficient if not isinstance(own, float) or isinstance(coefficient, Coefficient) else float(coefficient) * own
+            weight = _weight_of(name, term_name, coefficient, part.coefficient)
             for flag in [*flags, *([weight.flag] if isinstance(weight, Coefficient) else [])]:
                 if flag in taken:
-                    raise RegistrationError(f"loss {name!r}: {taken[flag]!r} and {part.name!r} both have a flag {flag!r}; use prefix_flags=True.")
+                    raise RegistrationError(
+                        f"loss {name!r}: {taken[flag]!r} and {part.name!r} both have a flag {flag!r}; use prefix_flags=True."
+                    )
                 taken[flag] = part.name
             made.append(Term(part.name, part.function, part.signature, part.coupled, weight, flags))
-    loss = Loss(name, tuple(made), advantage, inspect.cleandoc(doc))
-    _add(loss, None)
+    loss = Loss(name, tuple(made), advantage or _advantage_of(name, terms), inspect.cleandoc(doc))
+    _add(loss)
     return loss
+
+
+def _weight_of(name: str, term_name: str, outer: float | Coefficient, own: float | Coefficient) -> float | Coefficient:
+    """A term's weight inside a sum, when it already has one there where it comes from."""
+    if not isinstance(outer, Coefficient) and not isinstance(own, Coefficient):
+        return float(outer) * own
+    if own == 1:
+        return outer
+    if outer == 1:
+        return own
+    raise RegistrationError(f"loss {name!r}: {term_name!r} is itself a sum with weights of its own; name its terms instead.")
+
+
+def _advantage_of(name: str, terms: Mapping[str, float | Coefficient]) -> Callable[..., Any] | None:
+    found = {get(term).advantage for term in terms} - {None}
+    if len(found) > 1:
+        known = ", ".join(sorted(function.__name__ for function in found if function))
+        raise RegistrationError(f"loss {name!r}: its terms name different advantage functions ({known}); pass advantage=.")
+    return found.pop() if found else None
 
 
 def get(name: str) -> Loss:
@@ -285,20 +322,63 @@ def names() -> list[str]:
 # What peers call our losses. It serves error messages only: nothing is looked up by a peer's name.
 _PEER_NAMES = {
     "sigmoid": "dpo", "cdpo": "dpo", "sigmoid_norm": "dpo_norm", "exo_pair": "exo", "nca_pair": "nca", "sppo_hard": "sppo",
-    "robust": "robust_dpo", "ppo_clip": "ppo_policy", "nll": "sft", "cross_entropy": "sft", "rm": "bradley_terry", "reward": "bradley_terry",
-    "kto_pair": "kto", "offline_ppo": "ppo_offline", "bc": "sft",
+    "robust": "robust_dpo", "ppo_clip": "ppo_policy", "nll": "sft", "cross_entropy": "sft", "rm": "bradley_terry",
+    "reward": "bradley_terry", "kto_pair": "kto", "offline_ppo": "ppo_offline", "bc": "sft",
+}  # fmt: skip
+
+# What peers call our options; error messages only, like the names above. The first of ours that the loss has is suggested.
+_PEER_OPTIONS = {
+    "epsilon": ("clip_low", "label_smoothing"), "eps": ("clip_low",), "clip_eps": ("clip_low",), "cliprange": ("clip_low",),
+    "epsilon_low": ("clip_low",), "epsilon_high": ("clip_high",), "delta": ("dual_clip",), "cliprange_value": ("value_clip",),
+    "beta": ("tau", "alpha"), "contrastive_bias": ("bias",), "bc_coeff": ("bc_coef",), "lam": ("gae_lambda",),
+    "center_rewards_coefficient": ("center_coef",), "value_coeff": ("vf_coef",), "loss_agg_mode": ("length_norm",),
 }  # fmt: skip
 
 
-def _add(loss: Loss, function: LossFunction | None) -> None:
+def _add(loss: Loss) -> None:
     known = _LOSSES.get(loss.name)
-    if known is not None:
-        old = known.terms[0].function
-        # Importing one file twice (a reload, a worker process) is not a clash.
-        same = function is not None and (old.__qualname__, old.__code__.co_filename) == (function.__qualname__, function.__code__.co_filename)
-        if not same:
-            raise RegistrationError(f"loss {loss.name!r} is already registered by {old.__code__.co_filename}; choose another name.")
+    # Importing one file twice (a reload, a worker process) is not a clash.
+    if known is not None and _identity(known) != _identity(loss):
+        where = known.terms[0].function.__code__.co_filename
+        raise RegistrationError(f"loss {loss.name!r} is already registered by {where}; choose another name.")
+    if loss.advantage is not None:
+        signature = read_signature(loss.advantage, f"advantage function {loss.advantage.__name__!r} of {loss.name!r}")
+        clash = sorted(signature.hyper.keys() & loss.hyper.keys())
+        if clash:
+            raise RegistrationError(f"loss {loss.name!r} and its advantage function both have a flag {clash[0]!r}; rename one.")
     _LOSSES[loss.name] = loss
+
+
+def _identity(loss: Loss) -> tuple[Any, ...]:
+    functions = ((term.name, term.function.__qualname__, term.function.__code__.co_filename) for term in loss.terms)
+    return (*functions, *(term.coefficient for term in loss.terms))
+
+
+def _check_shapes(owner: str, tensors: Mapping[str, Tensor]) -> None:
+    """Every letter of the vocabulary's shapes has one size.
+
+    A wrong shape would broadcast silently: [P] against [P, 1] is a [P, P] loss.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, tensor in tensors.items():
+        letters = VOCABULARY[name].shape
+        expected = f"[{', '.join(letters)}]"
+        if tensor.ndim != len(letters):
+            raise ValueError(f"{owner}: {name} is {list(tensor.shape)}; it must be {expected}.")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            known, where = sizes.setdefault(letter, (size, name))
+            if known != size:
+                raise ValueError(
+                    f"{owner}: {where} is {list(tensors[where].shape)}, {name} is {list(tensor.shape)}; "
+                    f"{letter} of {expected} must be the same in both."
+                )
+
+
+def _suggest_option(name: str, known: Mapping[str, HyperParameter]) -> str:
+    if name in ("loss_type", "loss"):
+        return "; an algorithm is chosen by its own name, not by an option"
+    ours = [option for option in _PEER_OPTIONS.get(name, ()) if option in known]
+    return f"; peers' {name!r} is {ours[0]!r} here" if ours else _suggest(name, known)
 
 
 def _suggest(name: str, known: Any) -> str:

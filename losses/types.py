@@ -42,18 +42,24 @@ def _build_vocabulary() -> dict[str, TensorSpec]:
     for source, who in models:
         for infix, rows in layouts.items():
             of = {"": "a completion", "group_": "each of K completions"}.get(infix, f"the {infix.rstrip('_')} completion")
-            names[f"{source}_{infix}logps"] = TensorSpec(rows, source, "logps", f"log-prob of {of} under the {who}, summed over tokens")
+            names[f"{source}_{infix}logps"] = TensorSpec(rows, source, "logps", f"log-prob of {of}, {who}, summed over tokens")
             names[f"{source}_{infix}token_logps"] = TensorSpec(
                 (*rows, "T"), source, "token_logps", f"per-token log-prob of {of} under the {who}, 0 where the mask is 0"
             )
     for source, who in models[:2]:
-        names[f"{source}_mismatched_logps"] = TensorSpec(("M",), source, "logps", f"log-prob under the {who} of another prompt's completion")
+        names[f"{source}_mismatched_logps"] = TensorSpec(
+            ("M",), source, "logps", f"log-prob of another prompt's completion, {who}"
+        )
     for infix in ("chosen_", "rejected_"):
         side = infix.rstrip("_")
-        names[f"{infix}mask"] = TensorSpec(("P", "T"), "batch", "mask", f"1 on scored tokens of the {side} completion, EOS included")
+        names[f"{infix}mask"] = TensorSpec(("P", "T"), "batch", "mask", f"1 on scored tokens, EOS included, {side}")
         names[f"{infix}lengths"] = TensorSpec(("P",), "batch", "lengths", f"{infix}mask.sum(-1)")
-        names[f"{infix}token_kls"] = TensorSpec(("P", "T"), "policy", "nonnegative", f"KL(reference || policy) at each {side} token")
-        names[f"{infix}token_log_sum_sq"] = TensorSpec(("P", "T"), "policy", "token_logps", f"log of the sum of squared probabilities, {side}")
+        names[f"{infix}token_kls"] = TensorSpec(
+            ("P", "T"), "policy", "nonnegative", f"KL(reference || policy) per {side} token"
+        )
+        names[f"{infix}token_log_sum_sq"] = TensorSpec(
+            ("P", "T"), "policy", "token_logps", f"log of sum of squared probs, {side}"
+        )
         names[f"{infix}rewards"] = TensorSpec(("P",), "policy", "real", f"trained reward head on the {side} completion")
         names[f"{infix}scores"] = TensorSpec(("P",), "batch", "real", f"a frozen scorer's value of the {side} completion")
     more: dict[str, tuple[tuple[str, ...], Source, Kind, str]] = {
