@@ -74,7 +74,7 @@ def draw_rewards(seed: int, prompts: int, layout: Layout, source_logps: Tensor) 
     value = torch.from_numpy(rng.normal(0.0, 0.6, (prompts, size)) + rng.normal(0.0, 0.4, size))
     transition = torch.from_numpy(rng.normal(0.0, 0.5, (size, size)))
     favourites = [rng.permutation(size)[:2].tolist() for _ in range(prompts)]
-    best_length = torch.from_numpy(rng.uniform(2.0, limit, prompts))
+    best_length = torch.from_numpy(rng.uniform(min(2.0, limit), limit, prompts))
 
     ids, counts = layout.ids, layout.symbol_counts
     # A last column of zeros is the value of EOS: terminated completions need no special case.

@@ -142,8 +142,10 @@ def pair_accuracy(logps: Tensor, reference_logps: Tensor, rewards: Tensor) -> Te
     Exact under the distribution of pairs: two different completions from the reference. Pairs of equal reward have no order
     and do not count; a tie of the log-ratio on a pair that has one counts one half (so the reference itself has 0.5).
     """
+    # Sums of log-probs that are equal on paper differ in their last digits; without rounding they would not tie.
+    scores = (logps - reference_logps).round(decimals=9)
     shares = []
-    for score, probability, reward in zip(logps - reference_logps, reference_logps.exp(), rewards, strict=True):
+    for score, probability, reward in zip(scores, reference_logps.exp(), rewards, strict=True):
         agree = _rising_mass(score, probability, reward)
         disagree = _rising_mass(-score, probability, reward)
         level = reward.unique(return_inverse=True)[1]

@@ -203,7 +203,7 @@ class ExactWorld:
             raise DataError(f"{prompt!r} is not a prompt of this world; its prompts are {', '.join(self.prompts)}.")
         ids = [ord(letter) - ord("a") for letter in completion]
         ending = [self.layout.eos] if len(ids) < self.layout.limit else []
-        if self.layout.eos in ids:
+        if any(not 0 <= symbol < self.config.symbols for symbol in ids):
             raise DataError(f"{completion!r} has a letter outside {self.layout.text(range(self.config.symbols))!r}.")
         return self.reward_of(self.prompts.index(prompt), [*ids, *ending])
 
