@@ -15,6 +15,7 @@ from prefopt.errors import ConfigError, HubError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w./-]+)?")
 PROBE_SECONDS = 1.5
+_OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _LOCAL = "A local copy works without a hub: --data FOLDER (its .jsonl or .jsonl.gz files)."
 
 # Anthropic's subsets are folders of one data set, not configurations of it.
@@ -37,19 +38,15 @@ def hub_splits(source: str) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]
     """
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(f"{source!r} is a hub data set, which needs the package datasets: pip install -e .[data]. {_LOCAL}")
-    offline = any(
-        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    )
+    offline = any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in _OFFLINE_SWITCHES)
     if not offline:
         _probe(source)
     import datasets
 
     name, _, subset = source.partition(":")
-    folder = name.lower() in _SUBSETS_ARE_FOLDERS
+    which = {"data_dir" if name.lower() in _SUBSETS_ARE_FOLDERS else "name": subset} if subset else {}
     try:
-        splits = datasets.load_dataset(
-            name, name=None if folder else subset or None, data_dir=(subset or None) if folder else None
-        )
+        splits = datasets.load_dataset(name, **which)
     # Whatever a third-party loader raises (HTTP, a missing name, a broken file), the user needs the same answer.
     except Exception as error:
         where = "the local cache (offline mode is set)" if offline else "the hub"

@@ -107,6 +107,13 @@ def content(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    if one == other[: len(one)]:
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def check_completions(completions: Sequence[Text]) -> None:
     """Completions must say something, and two of them must not say the same.
 

@@ -85,18 +85,19 @@ def load(sources: Sequence[str], *, on_bad_row: OnBadRow = "drop", as_chat: bool
     files = {source: _find_files(source) for source in sources}
     if len(files) < len(sources):
         raise ConfigError(f"a data source is named twice in {', '.join(sources)}.")
-    names = _short_names([path for paths in files.values() for path in paths])
+    file_names = _short_names([path for paths in files.values() for path in paths], 2)
+    source_names = _short_names([Path(source) for source, paths in files.items() if paths], 1)
     records: list[Record] = []
     reports: list[SourceReport] = []
     for source, paths in files.items():
-        found, report = _read_source(source, _file_parts(paths, names) if paths else _hub_parts(source), options)
+        name = source_names[Path(source)] if paths else source
+        found, report = _read_source(name, _file_parts(paths, file_names) if paths else _hub_parts(source), options)
         records.extend(found)
         reports.append(report)
     return Loaded(tuple(records), read_report(reports, records))
 
 
-def _read_source(source: str, parts: Iterator[_Part], options: _Options) -> tuple[list[Record], SourceReport]:
-    name = source if is_hub_id(source) and not Path(source).exists() else safe(Path(source).resolve().name)
+def _read_source(name: str, parts: Iterator[_Part], options: _Options) -> tuple[list[Record], SourceReport]:
     records: list[Record] = []
     reports: list[FileReport] = []
     for part in parts:
@@ -105,7 +106,7 @@ def _read_source(source: str, parts: Iterator[_Part], options: _Options) -> tupl
         reports.append(report)
     if not records:
         drops = "; ".join(f"{report.name}: {describe_drops(report.dropped)}" for report in reports)
-        raise DataError(f"{source}: no usable row. Left out: {drops or 'it has no rows'}.")
+        raise DataError(f"{name}: no usable row. Left out: {drops or 'it has no rows'}.")
     return records, source_report(name, reports, records)
 
 
@@ -172,9 +173,7 @@ def _walk(folder: Path) -> list[Path]:
         for name in [*folders, *sorted(files)]:
             path = Path(parent, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise DataError(
-                    f"{path}: a link that leaves the folder {folder}; copy the file into the folder, or name it as a source."
-                )
+                raise DataError(f"{path}: a link that leaves the folder {folder}; copy what it names, or name it as a source.")
             if name.endswith(SUFFIXES) and not name.startswith(".") and path.is_file():
                 # A link and its target inside the folder are one file.
                 found.setdefault(path.resolve(), path)
@@ -183,8 +182,8 @@ def _walk(folder: Path) -> list[Path]:
     return list(found.values())
 
 
-def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Names for row ids: folder/file, with more folders only where that is needed to tell two files apart.
+def _short_names(paths: Sequence[Path], least: int) -> dict[Path, str]:
+    """The last `least` parts of each path, and more of them only where that is needed to tell two paths apart.
 
     Raises:
         ConfigError: one file is reached through two sources.
@@ -195,7 +194,7 @@ def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
         raise ConfigError(f"{twice} is read through two sources; name each file once.")
     names: dict[Path, str] = {}
     for path in paths:
-        depth = 2
+        depth = least
         while sum(other[-depth:] == parts[path][-depth:] for other in parts.values()) > 1:
             depth += 1
         names[path] = "/".join(safe(part) for part in parts[path][-depth:])
@@ -220,9 +219,7 @@ def _read_lines(path: Path, name: str) -> Iterator[_Row]:
                 line += 1
                 raw = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
                 if line == 1 and raw.lstrip().startswith(b"["):
-                    raise DataError(
-                        f"{name}:1: a JSON array; expected one JSON object per line (jq -c '.[]' turns one into the other)."
-                    )
+                    raise DataError(f"{name}:1: a JSON array; expected one JSON object per line (convert it with jq -c '.[]').")
                 if raw.strip():
                     yield line, _read_row(raw)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -13,9 +13,9 @@ Every field is text, or every field is a conversation (a list of {"role", "conte
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from prefopt.data.hh import is_dialogue, parse_hh
@@ -29,6 +29,7 @@ from prefopt.data.rows import (
     check_field,
     check_messages,
     check_number,
+    common_prefix,
     content,
     pair_labels,
     safe,
@@ -87,14 +88,14 @@ def parse_implicit_pair(row: Mapping[str, Any]) -> Parsed:
     if content(chosen).strip() == content(rejected).strip():
         raise BadRow("identical completions")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        same = len(os.path.commonprefix([chosen, rejected]))
+        same = common_prefix(chosen, rejected)
         if same and chosen[same - 1] == " ":
             same -= 1
         prompt: Text = chosen[:same]
         sides: tuple[Text, Text] = (chosen[same:], rejected[same:])
     else:
         one, other = check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
-        same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        same = common_prefix(one, other)
         prompt, sides = one[:same], (one[same:], other[same:])
         _check_implicit_conversation(one[:same], sides)
     check_completions(sides)
@@ -174,9 +175,7 @@ HH = Format("hh dialogue pair", ("chosen", "rejected"), PAIR_LABELS, ("chosen", 
 LABELLED = Format("labelled", ("prompt", "completion", "label"), (), ("prompt", "completion"), parse_labelled)
 PLAIN = Format("plain", ("prompt", "completion"), (), ("prompt", "completion"), parse_plain)
 RANKINGS = tuple(
-    Format(
-        "ranking", ("prompt", column), ("ranks", "scores"), ("prompt",), lambda row, column=column: parse_ranking(row, column)
-    )
+    Format("ranking", ("prompt", column), ("ranks", "scores"), ("prompt",), partial(parse_ranking, column=column))
     for column in ("completions", "responses")
 )
 
