@@ -1,0 +1,86 @@
+"""A table before it is drawn: one grid serves the terminal (rich), Markdown and the HTML template."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Literal
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+Style = Literal["", "dim", "failed", "strong"]
+
+_RICH_STYLES: dict[str, str] = {"": "", "dim": "dim", "failed": "red", "strong": "bold"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A header, where its numbers stand, and a note that says what they are."""
+
+    header: str
+    numeric: bool = True
+    style: Style = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value as it is shown."""
+
+    text: str
+    style: Style = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Title, columns, rows of as many entries, and what the reader must know (`captions`, one sentence each)."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    captions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"Grid {self.title!r}: a row has {len(row)} entries, the header {len(self.columns)}; both must be equal."
+                )
+
+
+def to_rich(grid: Grid) -> Table:
+    """For the terminal. Text is passed as text, so brackets in a label are not markup."""
+    table = Table(
+        title=Text(grid.title),
+        caption=Text(" ".join(grid.captions)),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in grid.columns:
+        align: Literal["right", "left"] = "right" if column.numeric else "left"
+        table.add_column(Text(column.header), justify=align, style=_RICH_STYLES[column.style], overflow="fold")
+    for row in grid.rows:
+        table.add_row(*(Text(entry.text, style=_RICH_STYLES[entry.style]) for entry in row))
+    return table
+
+
+def to_markdown(grid: Grid) -> str:
+    """For READMEs: a bold title, a pipe table and the captions, ending in a newline."""
+    header = "| " + " | ".join(_escape(column.header) for column in grid.columns) + " |"
+    rule = "|" + "|".join("---:" if column.numeric else ":---" for column in grid.columns) + "|"
+    rows = ["| " + " | ".join(_escape(entry.text) for entry in row) + " |" for row in grid.rows]
+    captions = [_escape(caption) for caption in grid.captions]
+    return "\n".join(
+        [f"**{_escape(grid.title)}**", "", header, rule, *rows, *(["", " ".join(captions)] if captions else []), ""]
+    )
+
+
+def _escape(text: str) -> str:
+    """Keeps a label from becoming markup: pipes and line ends break the table, the rest would be rendered."""
+    escaped = html.escape(" ".join(text.split()), quote=False).replace("\\", "\\\\")
+    for mark in "|*_`[]":
+        escaped = escaped.replace(mark, "\\" + mark)
+    return escaped

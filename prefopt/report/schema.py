@@ -1,0 +1,381 @@
+"""results.json, timings.json and per_prompt.jsonl as frozen dataclasses, with validation at the file boundary.
+
+Equal runs write equal results.json: everything that a clock or a memory gauge says lives in timings.json. A number that is
+not finite is written as null and read back as NaN, because JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from prefopt.errors import DataError
+
+SCHEMA_VERSION = 1
+RESULTS_FILE, TIMINGS_FILE, PER_PROMPT_FILE = "results.json", "timings.json", "per_prompt.jsonl"
+MINIMUM_SEEDS = 3
+"""Under this many seeds there are no intervals over seeds, no tests and no ranking words (protocol, rule 6)."""
+
+Record = TypeVar("Record")
+_FORMAT = re.compile(r"\+?,?(\.\d+)?[efg%]")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column, as an evaluator declares it. `better` is None where neither direction is good in itself (length, KL)."""
+
+    key: str
+    label: str
+    better: Literal["up", "down"] | None = None
+    format: str = ".3f"
+    primary: bool = False
+    diagnostic: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An algorithm with its hyper-parameters; `label` names it everywhere in the report."""
+
+    algorithm: str
+    label: str
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    tuned: bool = False
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a rule without a model scores on a metric (the longer completion is chosen)."""
+
+    label: str
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A scorer's own record: held-out accuracy with interval, length bias, correlation of errors with the reward model."""
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    length_bias: float | None = None
+    error_correlation: float | None = None
+    same_backbone: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The optimal policy of one beta in the exact world: KL in nats, expected reward."""
+
+    kl: float
+    reward: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What one cell consumed. Counts, not estimates."""
+
+    labels: int = 0
+    unique_prompts: int = 0
+    epochs: float = 0.0
+    trained_tokens: int = 0
+    reference_tokens: int = 0
+    generated_tokens: int = 0
+    reward_model_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting on one seed. `path` holds metrics at checkpoints (with `step`), `curve` the training log."""
+
+    algorithm: str
+    label: str
+    seed: int
+    status: Literal["ok", "failed"]
+    error: str | None = None
+    final: Mapping[str, float] = field(default_factory=dict)
+    path: tuple[Mapping[str, float], ...] = ()
+    curve: tuple[Mapping[str, float], ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def error_line(self) -> str:
+        """The first line of the error, for tables."""
+        lines = (self.error or "").strip().splitlines()
+        return lines[0] if lines else "no message"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A comparison: everything that can be said about it except how long it took."""
+
+    schema_version: int
+    title: str
+    task: Literal["exact", "text"]
+    settings: tuple[Setting, ...]
+    seeds: tuple[int, ...]
+    metrics: tuple[Metric, ...]
+    cells: tuple[Cell, ...]
+    preset: str = ""
+    created: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    reference: Mapping[str, float] = field(default_factory=dict)
+    baselines: tuple[Baseline, ...] = ()
+    judges: tuple[Judge, ...] = ()
+    frontier: tuple[FrontierPoint, ...] | None = None
+    shared_ledger: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def smoke(self) -> bool:
+        """Too few seeds to say anything about an order."""
+        return len(self.seeds) < MINIMUM_SEEDS
+
+    @property
+    def primary(self) -> Metric | None:
+        """The one primary end point, if the comparison declares one."""
+        return next((metric for metric in self.metrics if metric.primary), None)
+
+    def metric(self, key: str) -> Metric | None:
+        """The declared metric of this key."""
+        return next((metric for metric in self.metrics if metric.key == key), None)
+
+    def cells_of(self, label: str) -> tuple[Cell, ...]:
+        """The cells of a setting that finished, in the order of the seeds."""
+        mine = [cell for cell in self.cells if cell.label == label and cell.status == "ok"]
+        return tuple(sorted(mine, key=lambda cell: self.seeds.index(cell.seed)))
+
+    def failed_of(self, label: str) -> tuple[Cell, ...]:
+        """The cells of a setting that did not finish."""
+        return tuple(cell for cell in self.cells if cell.label == label and cell.status == "failed")
+
+    def values(self, label: str, key: str) -> dict[int, float]:
+        """Finite final values of a metric by seed; seeds that failed or have no such value are absent."""
+        found = {cell.seed: cell.final.get(key, math.nan) for cell in self.cells_of(label)}
+        return {seed: value for seed, value in found.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True)
+class CellTiming:
+    """Clock and memory of one cell; a number that was not measured is NaN (null in the file)."""
+
+    label: str
+    seed: int
+    seconds: float = math.nan
+    seconds_per_step: float = math.nan
+    tokens_per_second: float = math.nan
+    peak_memory_mb: float = math.nan
+
+
+@dataclass(frozen=True)
+class Timings:
+    """timings.json: `shared` has the seconds of what all cells share (SFT, reward model, reference cache)."""
+
+    cells: tuple[CellTiming, ...] = ()
+    shared: Mapping[str, float] = field(default_factory=dict)
+
+    def mean(self, label: str, name: str) -> float:
+        """Mean over seeds of one field of `CellTiming`; NaN if it was never measured."""
+        values = [float(getattr(cell, name)) for cell in self.cells if cell.label == label]
+        values = [value for value in values if math.isfinite(value)]
+        return sum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One line of per_prompt.jsonl: one completion of one prompt, scored by one judge."""
+
+    label: str
+    seed: int
+    prompt_id: str
+    judge: str | None = None
+    score: float = math.nan
+    kl: float = math.nan
+    log_ratio: float = math.nan
+    length: float = math.nan
+
+
+def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:
+    """A decoded results.json as `Results`.
+
+    Raises:
+        DataError: another schema version, a missing or unknown field, a wrong type, or parts that contradict each other.
+    """
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: expected an object, got {type(raw).__name__}; is it the file that `prefopt compare` wrote?")
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{where}: schema_version is {version!r}, this prefopt reads {SCHEMA_VERSION}. "
+            "Make the report with the prefopt version that ran the comparison, or run the comparison again."
+        )
+    results = _decode(Results, raw, where)
+    _check(results, where)
+    return results
+
+
+def load_results(path: Path) -> Results:
+    """Reads results.json from a folder, or from the file itself. Raises DataError as `parse_results`."""
+    file = path / RESULTS_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(
+            f"{file}: expected the results of a comparison, found no file; name a folder that `prefopt compare` wrote."
+        )
+    return parse_results(_load_json(file), str(file))
+
+
+def save_results(results: Results, folder: Path) -> Path:
+    """Checks the results and writes folder/results.json; a reader never sees half a file. Returns its path."""
+    file = folder / RESULTS_FILE
+    _check(results, str(file))
+    return _save_json(asdict(results), file)
+
+
+def load_timings(folder: Path) -> Timings | None:
+    """Reads folder/timings.json; None when the comparison has none."""
+    file = folder / TIMINGS_FILE
+    return _decode(Timings, _load_json(file), str(file)) if file.is_file() else None
+
+
+def save_timings(timings: Timings, folder: Path) -> Path:
+    """Writes folder/timings.json and returns its path."""
+    return _save_json(asdict(timings), folder / TIMINGS_FILE)
+
+
+def load_prompt_rows(folder: Path) -> tuple[PromptRow, ...]:
+    """Reads folder/per_prompt.jsonl; empty when the comparison has none."""
+    file = folder / PER_PROMPT_FILE
+    if not file.is_file():
+        return ()
+    rows = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append(_decode(PromptRow, _parse_json(line, f"{file}:{number}"), f"{file}:{number}"))
+    return tuple(rows)
+
+
+def _check(results: Results, where: str) -> None:
+    """What types cannot say: names are unique, cells belong to settings and seeds, formats format."""
+    labels = [setting.label for setting in results.settings]
+    cell_names = [f"{cell.label} seed {cell.seed}" for cell in results.cells]
+    named = (
+        ("label", labels),
+        ("metric", [metric.key for metric in results.metrics]),
+        ("seed", results.seeds),
+        ("cell", cell_names),
+    )
+    for what, names in named:
+        twice = sorted({str(name) for name in names if list(names).count(name) > 1})
+        if twice:
+            raise DataError(f"{where}: {what} {', '.join(twice)} occurs more than once; each must be unique.")
+    if sum(metric.primary for metric in results.metrics) > 1:
+        raise DataError(
+            f"{where}: more than one metric is primary; a comparison has one primary end point, the rest is exploratory."
+        )
+    for metric in results.metrics:
+        if not _FORMAT.fullmatch(metric.format):
+            raise DataError(
+                f"{where}: metric {metric.key!r} has format {metric.format!r}; expected one such as '.3f', '+.2f', '.1%'."
+            )
+    for cell in results.cells:
+        if cell.label not in labels or cell.seed not in results.seeds:
+            raise DataError(
+                f"{where}: cell {cell.label!r} seed {cell.seed} is of no declared setting and seed ({', '.join(labels)})."
+            )
+        if cell.status == "failed" and cell.error is None:
+            raise DataError(f"{where}: cell {cell.label!r} seed {cell.seed} failed without an error; write what stopped it.")
+
+
+def _decode(kind: type[Record], raw: Any, where: str) -> Record:
+    """One JSON object as a dataclass."""
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: expected an object ({kind.__name__}), got {type(raw).__name__}.")
+    hints = get_type_hints(kind)
+    declared = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(raw.keys() - declared.keys())
+    if unknown:
+        raise DataError(f"{where}: unknown field {', '.join(unknown)}; {kind.__name__} has {', '.join(declared)}.")
+    missing = [n for n, f in declared.items() if n not in raw and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise DataError(f"{where}: field {', '.join(missing)} is missing; {kind.__name__} needs it.")
+    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in raw.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """One JSON value as the annotated type; the error names the place."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        return None if value is None else _value(next(item for item in arguments if item is not type(None)), value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {name: _value(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _decode(kind, value, where)
+    if kind is float and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
+        return math.nan if value is None else float(value)
+    if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
+        return int(value)
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    wanted = " or ".join(map(repr, arguments)) if origin is Literal else getattr(origin or kind, "__name__", str(kind))
+    raise DataError(f"{where}: expected {wanted}, got {value!r:.80}.")
+
+
+def _plain(value: Any) -> Any:
+    """Ready for JSON: numpy scalars become numbers, numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    raise DataError(
+        f"results: {value!r:.80} of type {type(value).__name__} cannot be written as JSON; convert it to a number or text."
+    )
+
+
+def _save_json(value: Mapping[str, Any], file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".json.partial")
+    unfinished.write_text(json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, file)
+    return file
+
+
+def _load_json(file: Path) -> Any:
+    return _parse_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: expected JSON, got something else at line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from error
