@@ -96,7 +96,7 @@ class CausalLMPolicy(nn.Module):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[S, D] last hidden states of the packed tokens."""
         inner = getattr(self.base, self.base.base_model_prefix)
-        with self._autocast():
+        with self.autocast():
             output = inner(
                 input_ids=batch.input_ids.unsqueeze(0),
                 position_ids=batch.position_ids.unsqueeze(0),
@@ -125,7 +125,7 @@ class CausalLMPolicy(nn.Module):
             if reference is not None:
                 with torch.no_grad():
                     other = (reference.hidden(batch)[batch.predict], reference.base.get_output_embeddings())
-            with self._autocast():
+            with self.autocast():
                 found |= token_quantities(
                     hidden[batch.predict],
                     batch.targets,
@@ -190,7 +190,8 @@ class CausalLMPolicy(nn.Module):
             raise ConfigError(f"the loss needs {quantity!r}, but this policy was built without a {name} head: pass heads=({name!r},).")
         return self.heads[name]
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 for a float32 model on a GPU; nothing on a CPU, where bf16 is emulated and six times slower."""
         if self.device.type == "cuda" and self.dtype == torch.float32:
             return torch.autocast("cuda", torch.bfloat16)
         return contextlib.nullcontext()

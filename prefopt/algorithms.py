@@ -1,0 +1,171 @@
+"""An algorithm is (stream, advantage function, loss): derived from the loss's signature, never listed.
+
+The stream follows from the tensors that the loss names; the advantage function from its registration; the algorithm's flags
+are the union of the three functions' keyword-only parameters.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import losses
+from losses.registry import BoundLoss, HyperParameter, Loss, RegistrationError, read_options
+from losses.types import VOCABULARY
+
+from prefopt.errors import ConfigError
+from prefopt.rollouts import rollouts
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A loss with the stream and the advantage function that it calls for.
+
+    Args:
+        name: the loss's name.
+        loss: the registered loss.
+        stream: "pairs", "completions", "labelled", "groups" or "rollouts".
+        flags: every hyper-parameter of loss, stream and advantage function.
+    """
+
+    name: str
+    loss: Loss
+    stream: str
+    flags: Mapping[str, HyperParameter]
+
+    @property
+    def on_policy(self) -> bool:
+        return self.stream == "rollouts"
+
+    def setting(self, **hyper: Any) -> Setting:
+        """The algorithm with hyper-parameters; those not named keep their defaults.
+
+        Raises:
+            ConfigError: an option that this algorithm does not have, with a suggestion.
+        """
+        parts: dict[str, dict[str, Any]] = {"loss": {}, "stream": {}, "advantage": {}}
+        signatures = _parts(self.loss, self.stream)
+        for name, value in hyper.items():
+            owner = next((part for part, flags in signatures.items() if name in flags), "loss")
+            parts[owner][name] = value
+        try:
+            bound = self.loss.bind(**parts["loss"])
+        except losses.UnknownName as error:
+            raise ConfigError(f"{error} All options of {self.name}: {', '.join(self.flags) or 'none'}.") from error
+        values = {name: hyper.get(name, flag.default) for name, flag in self.flags.items()}
+        stream = {name: values[name] for name in signatures["stream"]}
+        advantage = {name: values[name] for name in signatures["advantage"]}
+        return Setting(self, bound, stream, advantage, values)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An algorithm with all its numbers: what a cell trains."""
+
+    algorithm: Algorithm
+    loss: BoundLoss
+    stream_options: Mapping[str, Any] = field(default_factory=dict)
+    advantage_options: Mapping[str, Any] = field(default_factory=dict)
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def policy_needs(self) -> frozenset[str]:
+        """Tensors that the policy's forward pass has to provide."""
+        return frozenset(name for name in self.loss.needs if VOCABULARY[name].source == "policy")
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(VOCABULARY[name].source == "reference" for name in self.loss.needs)
+
+
+def get(name: str) -> Algorithm:
+    """The algorithm of a registered loss.
+
+    Raises:
+        ConfigError: unknown name, with a suggestion; or a loss whose tensors no stream provides.
+    """
+    try:
+        loss = losses.get(name)
+    except losses.UnknownName as error:
+        raise ConfigError(str(error)) from error
+    stream = stream_of(loss)
+    flags: dict[str, HyperParameter] = {}
+    for part, options in _parts(loss, stream).items():
+        for flag, parameter in options.items():
+            if flag in flags:
+                raise RegistrationError(f"{name}: flag {flag!r} of its {part} is also a flag of another part; rename one.")
+            flags[flag] = parameter
+    return Algorithm(name, loss, stream, flags)
+
+
+def trainable_names() -> list[str]:
+    """Losses that can be trained by themselves: those whose tensors a stream provides."""
+    return [name for name in losses.names() if _stream_or_none(losses.get(name)) is not None]
+
+
+def stream_of(loss: Loss) -> str:
+    """Which stream provides the tensors that a loss names.
+
+    Raises:
+        ConfigError: no stream does: the loss is a part of others (`compose`).
+    """
+    stream = _stream_or_none(loss)
+    if stream is None:
+        raise ConfigError(f"{loss.name!r} cannot be trained alone: no stream provides {', '.join(sorted(loss_tensors(loss)))} together.")
+    return stream
+
+
+def _stream_or_none(loss: Loss) -> str | None:
+    names = loss_tensors(loss)
+    letters = {letter for name in names for letter in VOCABULARY[name].shape}
+    if any(VOCABULARY[name].source in ("old", "rollout") for name in names):
+        # Only a loss on log-probs can move the sampling policy; a value or entropy term alone cannot.
+        return "rollouts" if "policy_token_logps" in names else None
+    if "G" in letters:
+        return "groups"
+    if "P" in letters:
+        return "pairs" if any("rejected" in name for name in names) else "completions"
+    return "labelled" if "desirable" in names else None
+
+
+def loss_tensors(loss: Loss) -> frozenset[str]:
+    """Every tensor that a loss requires, all terms together."""
+    return frozenset(name for term in loss.terms for name in term.signature.required)
+
+
+def _parts(loss: Loss, stream: str) -> dict[str, dict[str, HyperParameter]]:
+    return {
+        "loss": loss.hyper,
+        "stream": read_options(rollouts, "the rollout stream") if stream == "rollouts" else {},
+        "advantage": {} if loss.advantage is None else read_options(loss.advantage, f"advantage of {loss.name!r}"),
+    }
+
+
+def import_files(paths: Iterable[str | Path]) -> list[str]:
+    """Imports users' files, whose losses register themselves; the names that are new.
+
+    Raises:
+        ConfigError: a file is missing or fails to import.
+    """
+    before = set(losses.names())
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ConfigError(f"--import {path}: no such file. It should be a Python file that registers losses.")
+        name = f"prefopt_import_{path.stem}_{abs(hash(path.resolve()))}"
+        if name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ConfigError(f"--import {path} failed: {type(error).__name__}: {error}") from error
+    return sorted(set(losses.names()) - before)

@@ -1,0 +1,184 @@
+"""Checkpoints: trees of tensors and plain values, written aside, checked by checksums, renamed when complete.
+
+A folder `checkpoint-<step>` holds state.safetensors, state.json and, written last, manifest.json with the size and sha256
+of both: torch and safetensors load a file with a flipped byte silently. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from prefopt.errors import OutputError
+
+FORMAT_VERSION = 1
+_PREFIX = "checkpoint-"
+Tree = Any
+"""Nested dicts (string keys) and lists of tensors, numbers, strings, booleans and None."""
+
+
+def save(folder: Path, step: int, tree: Tree, *, keep: int = 2) -> Path:
+    """Writes `tree` as folder/checkpoint-<step>, then removes all but the newest `keep` checkpoints.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{_PREFIX}{step}"
+    staged = folder / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
+    tensors: dict[str, torch.Tensor] = {}
+    plain = _split(tree, "", tensors)
+    try:
+        staged.mkdir()
+        # Clones: safetensors refuses tensors that share memory, and optimizer steps are 0-d views.
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, staged / "state.safetensors")
+        (staged / "state.json").write_text(json.dumps(plain))
+        files = {name: _describe(staged / name) for name in ("state.safetensors", "state.json")}
+        (staged / "manifest.json").write_text(json.dumps({"version": FORMAT_VERSION, "step": step, "files": files}))
+        for name in (*files, "manifest.json"):
+            _fsync(staged / name)
+        _fsync(staged)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(staged, target)
+        _fsync(folder)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise OutputError(f"could not write {target}: {error}. Earlier checkpoints are intact; free space and resume.") from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_latest(folder: Path, say: Callable[[str], None]) -> tuple[int, Tree] | None:
+    """The newest checkpoint that verifies, as (step, tree); None when there is none at all.
+
+    Args:
+        folder: where `save` wrote.
+        say: told about every checkpoint that was passed over, and why.
+
+    Raises:
+        OutputError: checkpoints exist, but none of them verifies.
+    """
+    for stale in folder.glob(".tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    found = list_checkpoints(folder)
+    problems = []
+    for path in reversed(found):
+        try:
+            return load(path)
+        except OutputError as error:
+            problems.append(str(error))
+            say(f"{error} Falling back to the checkpoint before it.")
+    if found:
+        raise OutputError(f"no checkpoint in {folder} can be used: {' '.join(problems)} Start again in another folder.")
+    return None
+
+
+def load(path: Path) -> tuple[int, Tree]:
+    """One checkpoint, verified against its manifest.
+
+    Raises:
+        OutputError: a file is missing, cut short or changed; the message names it.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest["files"].items():
+            if Path(name).name != name:
+                raise OutputError(f"{path}/manifest.json names a file outside its folder: {name!r}.")
+            got = _describe(path / name)
+            if got != expected:
+                raise OutputError(f"{path / name} is damaged: its checksum or size is not the one in the manifest.")
+        tensors = load_file(path / "state.safetensors")
+        return int(manifest["step"]), _join(json.loads((path / "state.json").read_text()), tensors)
+    except (OSError, ValueError, KeyError) as error:
+        raise OutputError(f"{path} cannot be read: {error}.") from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoint folders, oldest first."""
+    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
+
+
+def generator_state() -> Tree:
+    """State of Python's, NumPy's and torch's generators (every CUDA device included)."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": {"version": version, "internal": list(internal), "gauss": gauss},
+        "numpy": {"kind": kind, "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)), "rest": [position, has_gauss, cached]},
+        "torch": torch.get_rng_state(),
+        "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def load_generator_state(tree: Tree) -> None:
+    """The inverse of `generator_state`."""
+    python = tree["python"]
+    random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))
+    kind, rest = tree["numpy"]["kind"], tree["numpy"]["rest"]
+    np.random.set_state((kind, tree["numpy"]["keys"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tree["torch"])
+    if tree["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(tree["cuda"])
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Tree:
+    """An optimizer's state with string keys."""
+    state = optimizer.state_dict()
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    return {"state": {str(index): dict(values) for index, values in state["state"].items()}, "groups": groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tree: Tree) -> None:
+    """The inverse of `optimizer_state`, for an optimizer over the same parameters in the same order."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [{**saved, "params": group["params"]} for saved, group in zip(tree["groups"], own, strict=True)]
+    optimizer.load_state_dict({"state": {int(index): values for index, values in tree["state"].items()}, "param_groups": groups})
+
+
+_TENSOR = "__tensor__"
+
+
+def _split(tree: Tree, path: str, tensors: dict[str, torch.Tensor]) -> Tree:
+    if isinstance(tree, torch.Tensor):
+        tensors[path] = tree
+        return {_TENSOR: path}
+    if isinstance(tree, Mapping):
+        return {str(key): _split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_split(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
+    if tree is None or isinstance(tree, str | int | float | bool):
+        return tree
+    raise TypeError(f"a checkpoint cannot hold a {type(tree).__name__} (at {path or 'the root'}).")
+
+
+def _join(tree: Tree, tensors: Mapping[str, torch.Tensor]) -> Tree:
+    if isinstance(tree, dict):
+        return tensors[tree[_TENSOR]] if _TENSOR in tree else {key: _join(value, tensors) for key, value in tree.items()}
+    return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,316 @@
+"""On-policy data: sample, score, advantages -> batches. For the trainer it is a stream like any other.
+
+Scorers take text, so that a reward model may have a tokenizer of its own. N rollouts, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from losses.types import VOCABULARY, Metric
+from torch import Tensor
+
+from prefopt.data.records import Example, Message, Record, Text
+from prefopt.errors import ConfigError, DataError, TrainingError
+from prefopt.generate import Decoding, generate
+from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.packing import PackedBatch, Sampling, flat_roles, pack, split_by_tokens
+from prefopt.streams import Budget, epoch_order
+from prefopt.tokenize import tokenize
+
+Scorer = Callable[[Sequence[Text], Sequence[str]], Tensor]
+"""(prompts, completions) -> [N] scores."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What a rollout stream works with.
+
+    Args:
+        policy: the live policy.
+        reference: batch -> [N, T] log-probs of the frozen reference under the batch's sampling distribution.
+        scorer: the reward.
+        examples: prompts (their completions are not used).
+        texts: each example's prompt as text, by id, for the scorer.
+        budget: `batch_size` rollouts make an update; `epochs` passes over the prompts.
+        eos_ids: tokens that end a completion.
+        max_new_tokens: limit where the flag of that name is 0.
+        needs: tensors that the loss names.
+        advantage: from `rewards` (and more) to `advantages` and `returns`, hyper-parameters set.
+        dtype: of masks and row tensors.
+    """
+
+    policy: CausalLMPolicy
+    reference: Callable[[PackedBatch], Tensor]
+    scorer: Scorer
+    examples: Sequence[Example]
+    texts: Mapping[str, Text]
+    budget: Budget
+    eos_ids: Sequence[int]
+    max_new_tokens: int
+    needs: frozenset[str]
+    advantage: Callable[..., Mapping[str, Tensor]] | None
+    dtype: torch.dtype = torch.float32
+
+
+def rollouts(
+    workshop: Workshop,
+    *,
+    rollout_size: int = 64,
+    ppo_epochs: int = 2,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 0,
+    kl_coef: float = 0.05,
+    missing_eos_penalty: float = 0.0,
+) -> RolloutStream:
+    """Rollouts from the live policy with a per-token KL penalty in the reward (Ziegler 2019; Ouyang 2022).
+
+    Args:
+        rollout_size: Prompts sampled between updates of the sampling policy.
+        ppo_epochs: Passes over each batch of rollouts.
+        temperature: Of sampling; log-probs of policy and reference are taken at the same temperature.
+        top_p: Nucleus of sampling; log-probs are renormalised inside it.
+        max_new_tokens: Limit of a rollout's length; 0 takes the data's limit on completions.
+        kl_coef: Price of one nat of log(policy/reference), k1 per token.
+        missing_eos_penalty: Subtracted from the score of a rollout that does not end by itself.
+    """
+    if rollout_size < 1 or ppo_epochs < 1 or temperature <= 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"rollouts: rollout_size and ppo_epochs must be at least 1, temperature positive and top_p in (0, 1]; "
+            f"got {rollout_size}, {ppo_epochs}, {temperature}, {top_p}."
+        )
+    decoding = Decoding(max_new_tokens or workshop.max_new_tokens, temperature, top_p)
+    return RolloutStream(workshop, decoding, min(rollout_size, len(workshop.examples)), ppo_epochs, kl_coef, missing_eos_penalty)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One finished rollout; tensors are [length]."""
+
+    example: Example
+    tensors: Mapping[str, Tensor]
+    support: Tensor | None
+
+
+class RolloutStream:
+    """Steps over fresh rollouts; its state holds the buffer, the position in it and the generator."""
+
+    def __init__(
+        self, workshop: Workshop, decoding: Decoding, rollout_size: int, ppo_epochs: int, kl_coef: float, missing_eos_penalty: float
+    ) -> None:
+        if not workshop.examples:
+            raise DataError("there is no prompt to sample from: the data set is empty after dropping rows. See the data report.")
+        self._shop = workshop
+        self._decoding = decoding
+        self._size = rollout_size
+        self._epochs = ppo_epochs
+        self._kl_coef = kl_coef
+        self._penalty = missing_eos_penalty
+        self._generator = torch.Generator().manual_seed(workshop.budget.seed + 1_000_000_007)
+        self._buffer: list[Rollout] = []
+        self._step = 0
+        self._metrics: dict[str, Metric] = {}
+        self.generated_tokens = 0
+
+    @property
+    def _steps_per_iteration(self) -> int:
+        return self._epochs * math.ceil(self._size / self._shop.budget.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        iterations = max(1, math.ceil(len(self._shop.examples) * self._shop.budget.epochs / self._size))
+        steps = iterations * self._steps_per_iteration
+        limit = self._shop.budget.max_steps
+        return min(steps, limit) if limit else steps
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        per_epoch = math.ceil(self._size / self._shop.budget.batch_size)
+        while self._step < self.total_steps:
+            iteration, within = divmod(self._step, self._steps_per_iteration)
+            if within == 0:
+                self._collect(iteration)
+            epoch, part = divmod(within, per_epoch)
+            order = epoch_order(len(self._buffer), self._shop.budget.seed, iteration * self._epochs + epoch)
+            size = self._shop.budget.batch_size
+            chosen = [self._buffer[i] for i in order[part * size : (part + 1) * size]]
+            self._step += 1
+            yield self._build(chosen)
+
+    def metrics(self) -> Mapping[str, Metric]:
+        """Facts about the rollouts collected since the last call."""
+        found, self._metrics = self._metrics, {}
+        return found
+
+    def _build(self, chosen: Sequence[Rollout]) -> list[PackedBatch]:
+        by_id = {rollout.example.id: rollout for rollout in chosen}
+        batches = []
+        for part in self._shop.budget.split([rollout.example for rollout in chosen]):
+            members = [by_id[example.id] for example in part]
+            supports = [m.support for m in members if m.support is not None]
+            names = members[0].tensors
+            padded = {name: [m.tensors[name] for m in members] for name in names}
+            batch = pack(
+                part,
+                roles=flat_roles,
+                rows=padded,
+                data={"max_completion_length": torch.tensor(float(self._decoding.max_new_tokens))},
+                dtype=self._shop.dtype,
+                sampling=Sampling(self._decoding.temperature, torch.cat(supports) if supports else None),
+            )
+            batches.append(batch)
+        return batches
+
+    @torch.no_grad()
+    def _collect(self, iteration: int) -> None:
+        """Samples, scores and turns rewards into advantages; fills the buffer."""
+        shop = self._shop
+        shop.policy.train(False)
+        prompts = [self._prompt(iteration * self._size + offset) for offset in range(self._size)]
+        samples = generate(
+            shop.policy, [e.prompt_ids for e in prompts], self._decoding, self._generator, eos_ids=shop.eos_ids
+        )
+        self.generated_tokens += sum(len(sample.ids) for sample in samples)
+        texts = [shop.policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
+        scores = shop.scorer([shop.texts[e.id] for e in prompts], texts)
+        check_scores(scores, [e.id for e in prompts])
+        finished = torch.tensor([sample.finished for sample in samples])
+        scores = scores.to(shop.dtype) - self._penalty * (~finished).to(shop.dtype)
+        # The same prompt may come twice in one buffer: the draw's number makes ids unique.
+        examples = [Example(f"{e.id}#{iteration}.{i}", e.prompt_ids, (s.ids,)) for i, (e, s) in enumerate(zip(prompts, samples, strict=True))]
+        tensors, mask = self._score_tokens(examples, [s.support for s in samples])
+        kl = tensors["old_token_logps"] - tensors.pop("reference_token_logps")
+        last = mask.sum(-1).long() - 1
+        rewards = -self._kl_coef * kl * mask
+        rewards[torch.arange(len(examples)), last] += scores
+        tensors["rewards"], tensors["mask"], tensors["group_ids"] = rewards, mask, torch.arange(len(examples))
+        if shop.advantage is not None:
+            names = [n for n, p in inspect.signature(shop.advantage).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n in tensors]
+            tensors |= shop.advantage(**{name: tensors[name] for name in names})
+        kept = [name for name in tensors if name in shop.needs and name != "mask" and VOCABULARY[name].shape == ("N", "T")]
+        lengths = mask.sum(-1).long().tolist()
+        self._buffer = [
+            Rollout(example, {name: tensors[name][row, :length].cpu() for name in kept}, sample.support)
+            for row, (example, sample, length) in enumerate(zip(examples, samples, lengths, strict=True))
+        ]
+        ones = torch.ones(len(examples))
+        self._metrics = {
+            "score": (scores.cpu(), ones),
+            "kl": ((kl * mask).sum(-1).cpu(), ones),
+            "completion_length": (mask.sum(-1).cpu(), ones),
+            "eos_share": (finished.float(), ones),
+        }
+
+    def _prompt(self, position: int) -> Example:
+        epoch, index = divmod(position, len(self._shop.examples))
+        return self._shop.examples[epoch_order(len(self._shop.examples), self._shop.budget.seed, epoch)[index]]
+
+    def _score_tokens(self, examples: Sequence[Example], supports: Sequence[Tensor | None]) -> tuple[dict[str, Tensor], Tensor]:
+        """[N, T] log-probs of policy and reference (and values) as the shared forward computes them, on the CPU."""
+        quantities = ["token_logps"] + (["values"] if "values" in self._shop.needs else [])
+        width = max(len(e.completion_ids[0]) for e in examples)
+        tensors: dict[str, list[Tensor]] = {}
+        done = 0
+        for part in split_by_tokens(examples, self._shop.budget.micro_batch_tokens):
+            own = [s for s in supports[done : done + len(part)] if s is not None]
+            sampling = Sampling(self._decoding.temperature, torch.cat(own) if own else None)
+            batch = pack(part, roles=flat_roles, dtype=self._shop.dtype, sampling=sampling)
+            rows = self._shop.policy.rows(batch, quantities)
+            found = {"old_token_logps": rows["token_logps"], "reference_token_logps": self._shop.reference(batch), "mask": batch.mask}
+            if "values" in rows:
+                found["old_values"] = rows["values"]
+            for name, value in found.items():
+                value = value.detach().cpu()
+                tensors.setdefault(name, []).append(torch.nn.functional.pad(value, (0, width - value.shape[1])))
+            done += len(part)
+        joined = {name: torch.cat(values).to(self._shop.dtype) for name, values in tensors.items()}
+        return joined, joined.pop("mask")
+
+    def state_dict(self) -> Any:
+        return {
+            "step": self._step,
+            "generator": self._generator.get_state(),
+            "generated_tokens": self.generated_tokens,
+            "metrics": {name: list(pair) for name, pair in self._metrics.items() if isinstance(pair, tuple)},
+            "buffer": [
+                {
+                    "id": rollout.example.id,
+                    "prompt": list(rollout.example.prompt_ids),
+                    "completion": list(rollout.example.completion_ids[0]),
+                    "tensors": dict(rollout.tensors),
+                    "support": rollout.support,
+                }
+                for rollout in self._buffer
+            ],
+        }
+
+    def load_state_dict(self, state: Any) -> None:
+        self._step = state["step"]
+        self._generator.set_state(state["generator"])
+        self.generated_tokens = state["generated_tokens"]
+        self._metrics = {name: (pair[0], pair[1]) for name, pair in state["metrics"].items()}
+        self._buffer = [
+            Rollout(Example(item["id"], tuple(item["prompt"]), (tuple(item["completion"]),)), item["tensors"], item["support"])
+            for item in state["buffer"]
+        ]
+
+
+def check_scores(scores: Tensor, ids: Sequence[str]) -> None:
+    """Raises TrainingError when a scorer returns the wrong number of scores, or one that is not finite."""
+    if scores.shape != (len(ids),):
+        raise TrainingError(f"the scorer returned a tensor of shape {list(scores.shape)} for {len(ids)} completions; expected [{len(ids)}].")
+    bad = (~torch.isfinite(scores)).nonzero().squeeze(-1).tolist()
+    if bad:
+        raise TrainingError(f"the scorer returned {float(scores[bad[0]])} for the completion of prompt {ids[bad[0]]}; scores must be finite.")
+
+
+class RewardModelScorer:
+    """A causal LM with a reward head as a scorer, with its own tokenizer.
+
+    Args:
+        policy: the reward model.
+        max_length: prompt plus completion, in its own tokens.
+        max_completion_length: completions are cut to it; None leaves them.
+        offset: subtracted from every score, so that the training completions' mean is zero.
+        micro_batch_tokens: packed tokens of a forward pass.
+    """
+
+    def __init__(
+        self, policy: CausalLMPolicy, *, max_length: int, max_completion_length: int | None = None, offset: float = 0.0, micro_batch_tokens: int = 8192
+    ) -> None:
+        self.policy = policy
+        self._tokenize = partial(tokenize, tokenizer=policy.tokenizer, max_length=max_length, max_completion_length=max_completion_length)
+        self.offset = offset
+        self._budget = micro_batch_tokens
+        self.tokens = 0
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[str]) -> Tensor:
+        records = [
+            Record(f"sample:{i}", prompt, (as_reply(prompt, completion),)) for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        examples = self._tokenize(records).examples
+        if len(examples) != len(records):
+            raise TrainingError(f"the reward model's tokenizer dropped {len(records) - len(examples)} of {len(records)} samples; raise max_length.")
+        return self.score(examples)[:, 0]
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[Example]) -> Tensor:
+        """[N, K] scores of tokenised examples with K completions each."""
+        self.policy.train(False)
+        parts = []
+        for part in split_by_tokens(examples, self._budget):
+            batch = pack(part, roles=flat_roles)
+            parts.append(self.policy.rows(batch, ["rewards"])["rewards"].cpu())
+            self.tokens += batch.tokens
+        return (torch.cat(parts) - self.offset).view(len(examples), -1)
+
+
+def as_reply(prompt: Text, completion: str) -> Text:
+    """A completion in the form of its prompt: text for text, an assistant turn for a conversation."""
+    return completion if isinstance(prompt, str) else (Message(role="assistant", content=completion),)

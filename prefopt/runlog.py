@@ -1,0 +1,97 @@
+"""A run's metrics.jsonl and what people see of it: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+FILE = "metrics.jsonl"
+TIMING_PREFIX = "time/"
+
+
+def read_lines(folder: Path, *, up_to: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl up to a step, timings left out; a line cut short by a crash is left out too."""
+    path = folder / FILE
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line["step"] <= up_to:
+            lines.append({key: value for key, value in line.items() if not key.startswith(TIMING_PREFIX)})
+    return lines
+
+
+class RunLog:
+    """Writes metrics lines and shows progress.
+
+    Args:
+        folder: where metrics.jsonl is; None writes nothing.
+        title: of the progress bar.
+        total: steps of the whole run.
+        start: steps already made; lines beyond it are of an interrupted run and are dropped.
+        console: where progress goes; None shows nothing.
+    """
+
+    def __init__(self, folder: Path | None, title: str, total: int, *, start: int = 0, console: Console | None = None) -> None:
+        self.earlier: list[dict[str, Any]] = []
+        self._file = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if start:
+                self.earlier = read_lines(folder, up_to=start)
+                kept = [text for text in (folder / FILE).read_text().splitlines() if _step(text) <= start]
+                (folder / FILE).write_text("".join(f"{text}\n" for text in kept))
+            self._file = (folder / FILE).open("a" if start else "w")
+        self._console = console
+        self._title = title
+        self._total = total
+        self._progress: Progress | None = None
+        if console is not None and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self._progress = Progress(*columns, console=console, transient=True)
+            self._task = self._progress.add_task(title, total=total, completed=start, note="")
+
+    def __enter__(self) -> RunLog:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def write(self, line: Mapping[str, Any], timings: Mapping[str, float]) -> None:
+        """One line of metrics; timings stand beside them under `time/`, since equal runs differ in them alone."""
+        if self._file is not None:
+            self._file.write(json.dumps({**line, **timings}) + "\n")
+            self._file.flush()
+        note = "  ".join(f"{key} {value:.4g}" for key, value in line.items() if key in _SHOWN)
+        if self._progress is not None:
+            self._progress.update(self._task, note=note)
+        elif self._console is not None:
+            self._console.print(f"{self._title}: step {line['step']}/{self._total}  {note}", highlight=False, soft_wrap=True)
+
+
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "score", "eval/reward", "eval/kl")
+
+
+def _step(text: str) -> float:
+    try:
+        return float(json.loads(text)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return math.inf

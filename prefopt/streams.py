@@ -1,0 +1,189 @@
+"""Streams of batches over a data set. On-policy streams live in rollouts.py; the trainer cannot tell them apart.
+
+A stream is an iterable of steps; a step is the list of micro-batches of one optimizer update. Its `state_dict` is all that
+is needed to go on from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from losses.types import Metric
+from torch import Tensor
+
+from prefopt.data.records import Example, Labels
+from prefopt.errors import ConfigError, DataError
+from prefopt.models.protocol import Batch
+from prefopt.packing import PackedBatch, chosen_roles, flat_roles, group_roles, pack, pair_roles, split_by_tokens
+from prefopt.reference import ReferenceCache
+
+Step = list[Batch]
+
+
+class Stream(Protocol):
+    """An iterable of steps that can be continued."""
+
+    @property
+    def total_steps(self) -> int:
+        """How many optimizer updates the stream holds."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Steps from the current position on."""
+
+    def metrics(self) -> Mapping[str, Metric]:
+        """What the stream has to report since the last call (rollouts: score, KL, lengths)."""
+
+    def state_dict(self) -> Any:
+        """The position after the last step that was yielded: a tree for checkpoint.save."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """The inverse."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much data makes a step, a pass and a run.
+
+    Args:
+        batch_size: prompts of one optimizer update.
+        micro_batch_size: prompts of one forward pass; 0 leaves it to micro_batch_tokens.
+        micro_batch_tokens: at most this many packed tokens in one forward pass.
+        epochs: passes over the data.
+        max_steps: updates at most; 0 leaves it to epochs.
+        seed: of the order.
+    """
+
+    batch_size: int = 16
+    micro_batch_size: int = 0
+    micro_batch_tokens: int = 8192
+    epochs: float = 1.0
+    max_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.epochs <= 0 or self.max_steps < 0 or self.micro_batch_size < 0:
+            raise ConfigError(f"epochs must be positive, max_steps and micro_batch_size not negative; got {self}.")
+
+    def steps(self, examples: int) -> int:
+        """Optimizer updates over a data set of this size."""
+        by_epochs = max(1, math.ceil(examples * self.epochs / self.batch_size))
+        return min(by_epochs, self.max_steps) if self.max_steps else by_epochs
+
+    def split(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        """A step's examples as micro-batches, order kept."""
+        size = self.micro_batch_size
+        if size:
+            return [examples[i : i + size] for i in range(0, len(examples), size)]
+        return list(split_by_tokens(examples, self.micro_batch_tokens))
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of rows in one epoch: a function of seed and epoch alone, so all algorithms see the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+_ROLES: Mapping[str, Callable[[Sequence[Example]], Mapping[str, Tensor]]] = {
+    "pairs": pair_roles,
+    "completions": chosen_roles,
+    "labelled": flat_roles,
+    "groups": group_roles,
+}
+
+
+class OfflineStream:
+    """Batches over a fixed data set; epochs follow each other without a gap, so that every step is full.
+
+    Args:
+        examples: the data set, in its order.
+        kind: "pairs", "completions" (the best completion alone), "labelled" or "groups", as algorithms.py derives it.
+        budget: batch sizes, epochs, seed of the order.
+        reference: attaches `reference_token_logps`; None when no loss asks for them.
+        dtype: of masks.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        kind: str,
+        budget: Budget,
+        reference: ReferenceCache | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not examples:
+            raise DataError("the data set is empty: no row is left to train on. See the data report for what was dropped and why.")
+        self._examples = [_best_alone(example) for example in examples] if kind == "completions" else list(examples)
+        self._roles = _ROLES[kind]
+        self._budget = budget
+        self._reference = reference
+        self._dtype = dtype
+        self._step = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+        if reference is not None:
+            reference.rows(self._examples)  # computed now, before a gradient exists
+
+    @property
+    def total_steps(self) -> int:
+        return self._budget.steps(len(self._examples))
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        while self._step < self.total_steps:
+            begin = self._step * self._budget.batch_size
+            examples = [self._example(begin + offset) for offset in range(self._budget.batch_size)]
+            self._step += 1
+            yield [self.build(part) for part in self._budget.split(examples)]
+
+    def _example(self, position: int) -> Example:
+        epoch, index = divmod(position, len(self._examples))
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self._examples), self._budget.seed, epoch))
+        return self._examples[self._order[1][index]]
+
+    def build(self, examples: Sequence[Example]) -> PackedBatch:
+        """One micro-batch, reference log-probs and labels attached."""
+        rows: dict[str, Sequence[Tensor]] = {}
+        if self._reference is not None:
+            rows["reference_token_logps"] = self._reference.rows(examples)
+        scores = _all_or_none(examples, "scores")
+        if scores is not None:
+            rows["scores"] = [torch.tensor(value) for values in scores for value in values]
+        return pack(examples, roles=self._roles, rows=rows, data=self._labels(examples), dtype=self._dtype)
+
+    def _labels(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        data: dict[str, Tensor] = {}
+        for field, name in (("soft_label", "soft_labels"), ("margin", "margins"), ("desirable", "desirable"), ("ranks", "ranks")):
+            values = _all_or_none(examples, field)
+            if values is not None and not (field == "ranks" and self._roles is not group_roles):
+                data[name] = torch.tensor(values) if field in ("desirable", "ranks") else torch.tensor(values, dtype=self._dtype)
+        return data
+
+    def metrics(self) -> Mapping[str, Metric]:
+        """A fixed data set has nothing to report."""
+        return {}
+
+    def state_dict(self) -> Any:
+        return {"step": self._step}
+
+    def load_state_dict(self, state: Any) -> None:
+        self._step = state["step"]
+
+
+def _all_or_none(examples: Sequence[Example], field: str) -> list[Any] | None:
+    values = [getattr(example.labels, field) for example in examples]
+    known = [value is not None for value in values]
+    if any(known) and not all(known):
+        without = examples[known.index(False)].id
+        raise DataError(f"{without} has no {field}, but other rows have one: give every row a {field}, or none.")
+    return values if all(known) else None
+
+
+def _best_alone(example: Example) -> Example:
+    """The completion to be imitated: of a pair or list the first, which is the best."""
+    return replace(example, completion_ids=example.completion_ids[:1], labels=Labels())

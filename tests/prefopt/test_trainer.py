@@ -1,0 +1,317 @@
+"""`fit` on tiny models: accumulation, resume, coupled losses, running statistics, refusals, and a policy that is no LM."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import losses
+import pytest
+import torch
+import transformers
+from losses.types import LossOutput
+from prefopt import algorithms
+from prefopt.data.records import Example
+from prefopt.errors import TrainingError
+from prefopt.models.causal_lm import CausalLMPolicy, head_names
+from prefopt.reference import ReferenceCache
+from prefopt.streams import Budget, OfflineStream
+from prefopt.trainer import Logging, Optimization, fit
+from torch import Tensor
+
+VOCABULARY = 29
+
+
+def tiny_policy(dtype: torch.dtype = torch.float32, heads: tuple[str, ...] = (), seed: int = 0) -> CausalLMPolicy:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return CausalLMPolicy(model, tokenizer=None, heads=heads)
+
+
+def pairs(count: int, seed: int = 0) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(longest: int) -> tuple[int, ...]:
+        length = int(torch.randint(1, longest + 1, (), generator=generator))
+        return tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist())
+
+    return [Example(f"pairs.jsonl:{i + 1}", ids(12), (ids(8), ids(8))) for i in range(count)]
+
+
+def offline_run(
+    name: str, *, micro: int = 0, dtype: torch.dtype = torch.float32, batch: int = 8, steps: int = 5, clip: float = 1.0, **hyper: Any
+) -> tuple[CausalLMPolicy, Any]:
+    setting = algorithms.get(name).setting(**hyper)
+    policy = tiny_policy(dtype, heads=head_names(setting.loss.needs))
+    stream = OfflineStream(
+        pairs(24),
+        kind=setting.algorithm.stream,
+        budget=Budget(batch_size=batch, micro_batch_size=micro, max_steps=steps, epochs=10),
+        reference=ReferenceCache(tiny_policy(dtype)),
+        dtype=dtype,
+    )
+    result = fit(policy, setting.loss, stream, Optimization(learning_rate=1e-2, clip_norm=clip), logging=Logging(log_every=1))
+    return policy, result
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "cpl", "cpl_bc", "ppo_offline", "sft"])
+def test_accumulation_does_not_change_the_update(name: str) -> None:
+    """1x8, 2x4 and 8x1 give the same parameters after 5 steps to 1e-10 in float64, and the same logged metrics."""
+    reference, result = offline_run(name, micro=8, dtype=torch.float64)
+    for micro in (4, 1):
+        other, other_result = offline_run(name, micro=micro, dtype=torch.float64)
+        for key, value in reference.trainable_state().items():
+            torch.testing.assert_close(other.trainable_state()[key], value, atol=1e-10, rtol=0)
+        # Before the first update every margin is zero up to rounding, so its sign says nothing: compare from step 2 on.
+        for first, second in zip(result.lines[1:], other_result.lines[1:], strict=True):
+            assert first == pytest.approx(second, rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "ppo_offline"])
+def test_accumulation_gradient_in_float32(name: str) -> None:
+    """float32: one step's gradient (read off a momentum-free first update's state) agrees to 1e-5 relative."""
+    moments = []
+    for micro in (8, 4, 1):
+        setting = algorithms.get(name).setting()
+        policy = tiny_policy()
+        stream = OfflineStream(
+            pairs(24), kind="pairs", budget=Budget(batch_size=8, micro_batch_size=micro, max_steps=1),
+            reference=ReferenceCache(tiny_policy()),
+        )  # fmt: skip
+        grads: dict[str, Tensor] = {}
+        for key, parameter in policy.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p, key=key: grads.__setitem__(key, p.grad.clone()))
+        fit(policy, setting.loss, stream, Optimization(clip_norm=0))
+        moments.append(torch.cat([grad.flatten() for _, grad in sorted(grads.items())]))
+    for other in moments[1:]:
+        assert (other - moments[0]).norm() <= 1e-5 * moments[0].norm()
+
+
+def test_first_dpo_loss_is_log_2_and_chosen_rises() -> None:
+    _, result = offline_run("dpo", steps=12)
+    assert result.lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert result.lines[-1]["rewards/margins"] > 0.1
+
+
+def test_a_wrong_reference_stops_at_the_first_step() -> None:
+    """Reference log-probs of other weights: the error names the likely causes, and no parameter has moved."""
+    setting = algorithms.get("dpo").setting()
+    policy = tiny_policy()
+    before = {key: value.clone() for key, value in policy.trainable_state().items()}
+    reference = ReferenceCache(tiny_policy(seed=1))
+    stream = OfflineStream(pairs(24), kind="pairs", budget=Budget(batch_size=8), reference=reference)
+    with pytest.raises(TrainingError, match="reference log-probs belong to other weights"):
+        fit(policy, setting.loss, stream)
+    for key, value in policy.trainable_state().items():
+        assert value.equal(before[key])
+
+
+def test_a_non_finite_gradient_stops_before_the_update() -> None:
+    """A NaN weight: the message names the step and the rows; every other parameter is as it was."""
+    setting = algorithms.get("cpl").setting()
+    policy = tiny_policy()
+    stream = OfflineStream(pairs(8), kind="pairs", budget=Budget(batch_size=4, max_steps=4))
+    with torch.no_grad():
+        next(iter(policy.model.parameters()))[0, 0] = math.nan
+    before = {key: value.clone() for key, value in policy.trainable_state().items()}
+    with pytest.raises(TrainingError, match=r"step 1: the (loss|gradient) is not finite.*pairs\.jsonl:"):
+        fit(policy, setting.loss, stream)
+    for key, value in policy.trainable_state().items():
+        assert torch.equal(value.nan_to_num(), before[key].nan_to_num())
+
+
+# Losses that exist for these tests alone; the registry is process-wide, so they carry a prefix.
+
+
+@losses.register("trainer_test_rank", coupled=True)
+def trainer_test_rank_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_lengths: Tensor, *, slope: float = 0.3) -> LossOutput:
+    """Every pair's margin against the batch's mean margin: rows interact.
+
+    Args:
+        slope: of the hinge.
+    """
+    margin = slope * (policy_chosen_logps - policy_rejected_logps)
+    return LossOutput(torch.nn.functional.softplus(margin.mean() - margin) - margin, chosen_lengths.to(margin) / chosen_lengths.to(margin))
+
+
+@losses.register("trainer_test_shift")
+def trainer_test_shift_loss(
+    policy_chosen_logps: Tensor, reference_chosen_logps: Tensor, policy_rejected_logps: Tensor, reward_shift: Tensor
+) -> LossOutput:
+    """Uses and feeds a running mean."""
+    reward = policy_chosen_logps - reference_chosen_logps
+    loss = torch.nn.functional.softplus(reward_shift - reward) + 0 * policy_rejected_logps
+    updates = {"reward_shift": (policy_chosen_logps.detach().sum(), torch.tensor(float(len(reward))))}
+    return LossOutput(loss, torch.ones_like(loss), {"shift": (reward_shift.expand(1), torch.ones(1))}, updates)
+
+
+def test_coupled_losses_do_not_depend_on_micro_batches() -> None:
+    """The loss is evaluated once over the whole step: 8x1 equals 1x8, which plain accumulation would not give."""
+    whole, whole_result = offline_run("trainer_test_rank", micro=8, dtype=torch.float64)
+    parts, parts_result = offline_run("trainer_test_rank", micro=1, dtype=torch.float64)
+    for key, value in whole.trainable_state().items():
+        torch.testing.assert_close(parts.trainable_state()[key], value, atol=1e-10, rtol=0)
+    assert parts_result.lines[-1]["loss"] == pytest.approx(whole_result.lines[-1]["loss"], rel=1e-9)
+
+
+def test_running_statistics_are_folded_by_the_trainer() -> None:
+    """The shift is 0 in step 1 and afterwards the mean of everything seen before."""
+    _, result = offline_run("trainer_test_shift", steps=3)
+    shifts = [line["shift"] for line in result.lines]
+    assert shifts[0] == 0
+    assert shifts[1] < 0
+    assert shifts[2] != shifts[1]
+
+
+@dataclass(frozen=True)
+class ControlBatch:
+    """Two segments of states and actions a pair, with nothing of language about them."""
+
+    observations: Tensor  # [2P, T, D]
+    actions: Tensor  # [2P, T]
+    ids: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"P": len(self.ids), "T": self.actions.shape[1]}
+
+    @property
+    def tokens(self) -> int:
+        return self.actions.numel()
+
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        ones = torch.ones(len(self.ids), self.actions.shape[1])
+        return {name: ones for name in names if name in ("chosen_mask", "rejected_mask")}
+
+
+class ControlPolicy(torch.nn.Module):
+    """A categorical MLP behind the policy protocol."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+
+    def evaluate(self, batch: ControlBatch, needs: Collection[str], *, adapter: str | None = "policy") -> dict[str, Tensor]:
+        logps = self.net(batch.observations).log_softmax(-1).gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
+        half = len(batch.ids)
+        both = {"policy_chosen_token_logps": logps[:half], "policy_rejected_token_logps": logps[half:]}
+        return {name: both[name] for name in needs}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.parameters()), "lr_scale": 1.0, "decay": False}]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        self.load_state_dict(dict(state))
+
+    def save(self, folder: Path) -> None:
+        raise AssertionError("not used")
+
+
+class ControlStream:
+    """Steps of one micro-batch: action 2 is preferred everywhere."""
+
+    total_steps = 30
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(self.total_steps):
+            observations = torch.randn(8, 5, 3, generator=generator)
+            actions = torch.cat([torch.full((4, 5), 2), torch.randint(0, 2, (4, 5), generator=generator)])
+            yield [ControlBatch(observations, actions, ("a", "b", "c", "d"))]
+
+    def metrics(self) -> dict[str, Any]:
+        return {}
+
+    def state_dict(self) -> Any:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+def test_a_control_policy_trains_through_the_same_fit() -> None:
+    """CPL on segments of states and actions: no loss or trainer line knows the difference."""
+    policy = ControlPolicy()
+    result = fit(policy, losses.get("cpl").bind(), ControlStream(), Optimization(learning_rate=3e-2), logging=Logging(log_every=1))
+    assert result.lines[-1]["loss"] < 0.8 * result.lines[0]["loss"]
+    assert policy.net(torch.zeros(1, 3)).argmax().item() == 2
+
+
+RESUMABLE = """
+    import sys, time
+    import torch
+    sys.path.insert(0, {tests!r})
+    import test_trainer as t
+    from prefopt import algorithms
+    from prefopt.reference import ReferenceCache
+    from prefopt.streams import Budget, OfflineStream
+    from prefopt.trainer import Logging, Optimization, fit
+    from pathlib import Path
+    torch.set_num_threads(1)
+    setting = algorithms.get({name!r}).setting()
+    policy = t.tiny_policy()
+    class Slow(OfflineStream):
+        def __iter__(self):
+            for step in super().__iter__():
+                time.sleep({pause})
+                yield step
+    stream = Slow(t.pairs(24), kind="pairs", budget=Budget(batch_size=4, max_steps=20, epochs=10), reference=ReferenceCache(t.tiny_policy()))
+    fit(policy, setting.loss, stream, Optimization(learning_rate=1e-2), logging=Logging(log_every=3, save_every=2), folder=Path({folder!r}), resume=True)
+"""
+
+
+def launch(name: str, folder: Path, pause: float = 0.0) -> subprocess.Popen[bytes]:
+    code = textwrap.dedent(RESUMABLE).format(tests=str(Path(__file__).parent), name=name, folder=str(folder), pause=pause)
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("name", ["dpo", "cpl_bc"])
+def test_kill_9_and_resume_equals_the_uninterrupted_run(name: str, tmp_path: Path) -> None:
+    """SIGKILL in mid-run, then the same command again: metrics are equal bit for bit but for timings, weights too."""
+    from prefopt import checkpoint
+    from prefopt.runlog import read_lines
+
+    assert launch(name, tmp_path / "whole").wait() == 0
+    process = launch(name, tmp_path / "cut", pause=0.1)
+    deadline = time.monotonic() + 60
+    while not [p for p in checkpoint.list_checkpoints(tmp_path / "cut") if int(p.name.split("-")[1]) >= 6]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert launch(name, tmp_path / "cut").wait() == 0
+    assert read_lines(tmp_path / "cut") == read_lines(tmp_path / "whole")
+    assert [line["step"] for line in read_lines(tmp_path / "cut")] == [3, 6, 9, 12, 15, 18, 20]
+    (_, whole), (_, cut) = (checkpoint.load(tmp_path / run / "checkpoint-20") for run in ("whole", "cut"))
+    for key, value in whole["policy"].items():
+        assert cut["policy"][key].equal(value)
+
+
+def test_metrics_are_valid_json_lines(tmp_path: Path) -> None:
+    setting = algorithms.get("sft").setting()
+    stream = OfflineStream(pairs(8), kind="completions", budget=Budget(batch_size=4))
+    fit(tiny_policy(), setting.loss, stream, logging=Logging(log_every=1), folder=tmp_path, evaluate=lambda: {"x": 1.0}, evaluate_at=(0, 2))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
+    assert "eval/x" in lines[0]
+    assert "eval/x" in lines[-1]
