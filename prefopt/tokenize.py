@@ -58,7 +58,8 @@ class TokenReport:
         completions_truncated, completion_tokens_cut: completions cut on the right (their EOS goes too), and the tokens.
         boundary_merges: records where the tokenizer merges the end of the prompt with the beginning of a completion, so
             that the end of the prompt is scored with the completions.
-        lengths: of what came out, by part: prompt; chosen and rejected; completion, or completion 0, 1, … in a ranking; EOS included.
+        lengths: of what came out, EOS included, by part: prompt; chosen and rejected; completion; completion 0, 1, … of
+            rankings.
         length_baseline: in tokens, over pairs; None without pairs.
     """
 

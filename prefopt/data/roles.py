@@ -30,7 +30,7 @@ class Shares:
 
     def __post_init__(self) -> None:
         values = [getattr(self, role) for role in ROLES]
-        if min(values) < 0 or abs(sum(values) - 1) > 1e-9 or self.policy == 0:
+        if not (min(values) >= 0 and abs(sum(values) - 1) <= 1e-9 and self.policy > 0):  # so written, NaN fails too
             given = ", ".join(f"{role} {value:g}" for role, value in zip(ROLES, values, strict=True))
             raise ConfigError(f"shares are {given}; none may be negative, policy must be positive, and they must add up to 1.")
 
