@@ -6,7 +6,7 @@ it, `layout` orders completions and prefixes, `solve` holds closed forms and mea
 
 from __future__ import annotations
 
-from prefopt.data.exact_world.labels import LabelModel, PopulationPairs, parse_labels
+from prefopt.data.exact_world.labels import LabelModel, PopulationPairs, SampledPairs, parse_labels
 from prefopt.data.exact_world.layout import Layout
 from prefopt.data.exact_world.solve import (
     Frontier,
@@ -32,6 +32,7 @@ __all__ = [
     "LabelModel",
     "Layout",
     "PopulationPairs",
+    "SampledPairs",
     "WorldConfig",
     "best_of_n_logps",
     "beta_at_kl",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prefopt.data.exact_world.layout import Layout
-from prefopt.data.exact_world.nature import LABELS, PAIRS, generator
+from prefopt.data.exact_world.nature import LABELS, PAIR_PROMPTS, PAIRS, generator
 from prefopt.data.exact_world.solve import check_normalised
 from prefopt.errors import ConfigError, DataError
 
@@ -133,9 +133,11 @@ def sample_completions(logps: Tensor, prompts: np.ndarray, uniforms: np.ndarray)
 
 
 def sample_pairs(
-    layout: Layout, rewards: Tensor, reference_logps: Tensor, n: int, labels: LabelModel, seed: int
+    layout: Layout, rewards: Tensor, reference_logps: Tensor, n: int, labels: LabelModel, seeds: tuple[int, int]
 ) -> SampledPairs:
     """`n` labelled pairs. The first m of them are the m that `n=m` gives; label models (but `shifted`) see the same pairs.
+
+    `seeds` are the pairs' own and the world's: one seed in two worlds gives independent pairs.
 
     Raises:
         DataError: the reference is not normalised, or has a prompt with practically one completion.
@@ -149,18 +151,19 @@ def sample_pairs(
             f"{float(distinct.min()):.1e}; expected at least {_MINIMUM_DISTINCT}. The reference has collapsed: train it less, "
             f"or use 'shifted'."
         )
-    prompts = generator(seed, PAIRS).integers(len(reference_logps), size=n)
+    seed, world_seed = seeds
+    prompts = generator(seed, PAIR_PROMPTS, world_seed).integers(len(reference_logps), size=n)
     first, second = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
     attempt = 0
     while (same := first == second).any():
         # Numbers for all rows in each attempt: a row's draws do not depend on its neighbours', so samples nest.
-        uniforms = generator(seed, PAIRS, attempt).random((n, 2))[same]
+        uniforms = generator(seed, PAIRS, world_seed, attempt).random((n, 2))[same]
         first[same] = sample_completions(source, prompts[same], uniforms[:, 0])
         second[same] = sample_completions(source, prompts[same], uniforms[:, 1])
         attempt += 1
     prompt, a, b = (torch.from_numpy(column) for column in (prompts, first, second))
     gap = rewards[prompt, a] - rewards[prompt, b]
-    coins = torch.from_numpy(generator(seed, LABELS).random(n))
+    coins = torch.from_numpy(generator(seed, LABELS, world_seed).random(n))
     if labels.name == "soft":
         first_wins = gap >= 0
     else:

@@ -119,7 +119,8 @@ class Layout:
         """A*(s, a) of the KL-regularised problem by backward induction: [G, N, V] and [G, C] -> [G, N, V].
 
         V*(s) = beta log sum_a ref(a|s) exp(Q*(s, a) / beta), Q* = the reward where a ends the completion, V* of the next
-        prefix otherwise, A* = Q* - V*  (Ziebart 2010; the regret of Hejna 2024, section 2). A reference table of zeros is the
+        prefix otherwise, A* = Q* - V*  (Ziebart 2010 [ziebart2010maxent]; the regret of Hejna et al. 2023
+        [hejna2023cpl], section 2). A reference table of zeros is the
         counting measure: the entropy-regularised problem that CPL assumes.
         """
         values = rewards[:, self.prefixes :]

@@ -12,12 +12,13 @@ from torch import Tensor
 from prefopt.data.exact_world.layout import Layout
 
 # One stream of random numbers per purpose: changing how one is used leaves the others as they were.
-PROMPTS, SOURCE, REWARD, SAMPLES, PAIRS, LABELS = range(6)
+PROMPTS, SOURCE, REWARD, SAMPLES, PAIR_PROMPTS, PAIRS, LABELS = range(7)
 
 
-def generator(*key: int) -> np.random.Generator:
-    """A generator whose numbers depend on the key alone."""
-    return np.random.default_rng(key)
+def generator(seed: int, purpose: int, *more: int) -> np.random.Generator:
+    """A generator whose numbers depend on these numbers alone."""
+    # A spawn key, since a list of entropy is padded with zeros: (1, 2) and (1, 2, 0) would be one stream.
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *more)))
 
 
 def draw_prompts(seed: int, count: int, symbols: int, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -56,7 +56,7 @@ def entropy(logps: Tensor) -> Tensor:
 
 
 def log_partition(reference_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """log Z(x) = log sum_y ref(y|x) exp(r(x, y) / beta)  (Rafailov 2023, below eq. 4) [G].
+    """log Z(x) = log sum_y ref(y|x) exp(r(x, y) / beta)  (Rafailov et al. 2023 [rafailov2023dpo], below eq. 4) [G].
 
     Raises:
         ConfigError: beta is not positive.
@@ -67,12 +67,12 @@ def log_partition(reference_logps: Tensor, rewards: Tensor, beta: float) -> Tens
 
 
 def optimal_logps(reference_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """log of ref(y|x) exp(r(x, y) / beta) / Z(x), the maximiser of E[r] - beta KL  (Rafailov 2023, eq. 4) [G, C]."""
+    """log of ref(y|x) exp(r(x, y) / beta) / Z(x), the maximiser of E[r] - beta KL  (Rafailov et al. 2023, eq. 4) [G, C]."""
     return reference_logps + rewards / beta - log_partition(reference_logps, rewards, beta)[:, None]
 
 
 def objective(logps: Tensor, reference_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """J = E[r] - beta KL(policy || reference)  (Rafailov 2023, eq. 3) [G]."""
+    """J = E[r] - beta KL(policy || reference)  (Rafailov et al. 2023, eq. 3) [G]."""
     return expected(rewards, logps) - beta * kl(logps, reference_logps)
 
 
@@ -120,7 +120,7 @@ def best_of_n_logps(reference_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
     """The policy that keeps the best of n samples from the reference, a tie broken by a fair draw [G, C].
 
     p(y) = ref(y) (F(r)^n - F(<r)^n) / ref(r(y) = r), with F the reference's distribution of rewards. Its KL is at most
-    log n - (n-1)/n, less with ties  (Beirami 2024, theorem 1).
+    log n - (n-1)/n, less with ties  (Beirami et al. 2024 [beirami2024bestofn], theorem 1).
     """
     if n < 1:
         raise ConfigError(f"best of n needs n >= 1, got {n}.")

@@ -218,6 +218,13 @@ class ExactWorld:
             for row, (g, c) in enumerate(zip(prompts, drawn, strict=True))
         ]
 
+    def sample_pairs(
+        self, reference_logps: Tensor, n: int, *, labels: str = "bt", temperature: float = 1.0, seed: int
+    ) -> pair_labels.SampledPairs:
+        """The pairs of `pairs` as indices, for work on tables."""
+        model = pair_labels.parse_labels(labels, temperature)
+        return pair_labels.sample_pairs(self.layout, self.rewards, reference_logps, n, model, (seed, self.config.seed))
+
     def pairs(
         self, reference_logps: Tensor, n: int, *, labels: str = "bt", temperature: float = 1.0, seed: int
     ) -> list[Record]:
@@ -231,8 +238,7 @@ class ExactWorld:
             labels: a label model, see `parse_labels`.
             temperature: of the Bradley-Terry labeller; higher is noisier.
         """
-        model = pair_labels.parse_labels(labels, temperature)
-        pairs = pair_labels.sample_pairs(self.layout, self.rewards, reference_logps, n, model, seed)
+        pairs = self.sample_pairs(reference_logps, n, labels=labels, temperature=temperature, seed=seed)
         soft = pairs.soft_labels.tolist() if pairs.soft_labels is not None else [None] * n
         rows = zip(pairs.prompt.tolist(), pairs.chosen.tolist(), pairs.rejected.tolist(), soft, strict=True)
         return [
