@@ -31,6 +31,8 @@ from prefopt.data.exact_world import (
 )
 from prefopt.data.exact_world.labels import sample_completions
 from prefopt.errors import ConfigError, DataError
+from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.packing import pack, pair_roles
 from prefopt.tokenize import tokenize
 
 
@@ -161,6 +163,19 @@ def test_records_tokenise_to_the_worlds_own_ids(world: ExactWorld) -> None:
     made = tokenize(records, world.tokenizer, max_length=16, max_completion_length=5)
     assert made.examples == [world.example(record) for record in records]
     assert {len(ids) for example in made.examples for ids in example.completion_ids} == {1, 2, 3, 4, 5}
+
+
+def test_the_shared_forward_gives_the_enumerated_log_probs(world: ExactWorld) -> None:
+    """Records through tokenizer, packing and branches, against plain passes over enumerated strings."""
+    policy = CausalLMPolicy(random_model(world), world.tokenizer)
+    with policy.plain_attention() as model:
+        logps = world.sequence_logps(world.next_logps(model))
+    pairs = world.sample_pairs(logps, 100, seed=0)
+    examples = tokenize(world.pairs(logps, 100, seed=0), world.tokenizer, max_length=16, max_completion_length=5).examples
+    with torch.no_grad():
+        found = policy.evaluate(pack(examples, roles=pair_roles), {"policy_chosen_logps", "policy_rejected_logps"})
+    assert torch.allclose(found["policy_chosen_logps"].double(), logps[pairs.prompt, pairs.chosen], atol=1e-4)
+    assert torch.allclose(found["policy_rejected_logps"].double(), logps[pairs.prompt, pairs.rejected], atol=1e-4)
 
 
 def test_tokenizer_round_trip(world: ExactWorld, tmp_path) -> None:
