@@ -140,8 +140,8 @@ class ExactWorld:
         """Next-symbol log-probs of a causal LM after every prompt and prefix [G, N, V] float64, on the CPU.
 
         Plain forward passes over rows of equal length (no padding, positions from 0) with every string of T - 1 symbols; each
-        prefix is read off the first string that begins with it. Independent of the shared forward, so it also checks that; a policy
-        lends its model by `with policy.plain_attention() as model`.
+        prefix is read off the first string that begins with it. Independent of the shared forward, so it also checks that. A
+        policy lends its model by `with policy.plain_attention() as model`.
 
         Raises:
             ConfigError: the model's vocabulary is not this world's.
