@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ def test_a_hub_that_does_not_answer_fails_within_two_seconds(online: pytest.Monk
         with pytest.raises(HubError, match="--data FOLDER"):
             load(["owner/name"])
         assert time.monotonic() - begin < 2
+
+
+def test_a_name_lookup_that_hangs_fails_as_fast(online: pytest.MonkeyPatch) -> None:
+    """Name resolution takes no timeout, so the probe must not wait for it."""
+    release = threading.Event()
+    online.setattr(hub.urllib.request, "urlopen", lambda *args, **kwargs: release.wait(10))
+    begin = time.monotonic()
+    with pytest.raises(HubError, match="no answer within"):
+        load(["owner/name"])
+    release.set()
+    assert time.monotonic() - begin < 2
 
 
 def test_a_hub_that_refuses_connections_is_named(online: pytest.MonkeyPatch) -> None:

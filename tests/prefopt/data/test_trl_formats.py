@@ -138,3 +138,22 @@ def test_a_row_that_misses_a_column_is_named_by_it() -> None:
     _, text = parse(PAIR, None)
     with pytest.raises(BadRow, match="missing column rejected"):
         parse({"prompt": "p", "chosen": "c"}, text)
+
+
+def test_a_row_of_a_dialogue_file_that_is_no_dialogue_is_dropped_and_the_reverse_is_mixed() -> None:
+    prompt = "\n\nHuman: Hi\n\nAssistant:"
+    dialogue, text = {"chosen": prompt + " a", "rejected": prompt + " b"}, {"chosen": "x a", "rejected": "x b"}
+    _, hh = parse(dialogue, None)
+    assert hh[0].name == "hh dialogue pair"
+    with pytest.raises(BadRow, match="not a dialogue"):
+        parse(text, hh)
+    _, implicit = parse(text, None)
+    with pytest.raises(MixedFormats, match="the file began as implicit pair, text"):
+        parse(dialogue, implicit)
+
+
+def test_column_names_are_made_fit_for_a_terminal() -> None:
+    with pytest.raises(BadRow) as caught:
+        detect({"\x1b[2J": 1, "x" * 100: 2})
+    assert "\x1b" not in caught.value.reason
+    assert "x" * 41 not in caught.value.reason
