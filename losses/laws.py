@@ -84,19 +84,21 @@ def padding_invariant(loss: BoundLoss, generator: torch.Generator, optional: boo
 
     Nor does a masked position receive gradient.
     """
-    tensors = sample_tensors(loss, generator, optional=optional)
-    masks = [name for name in tensors if VOCABULARY[name].kind == "mask"]
-    if not masks:
-        raise NotApplicable("no tensor of this loss has padding")
-    leaves = _leaves(tensors)
-    whole = measure(loss, [leaves], leaves)
-    more_completions = 2 if any("K" in VOCABULARY[name].shape for name in masks) else 0
-    padded = {name: _pad(name, tensor, generator, tokens=3, completions=more_completions) for name, tensor in leaves.items()}
-    _compare("with more padding", measure(loss, [padded], leaves), whole)
-    for name, gradient in whole.gradients.items():
-        mask = mask_of(name, tensors)
-        if mask is not None and gradient[~mask.bool()].any():
-            raise LawViolation(f"{name} receives gradient where its mask is 0; multiply by the mask or use it as weight.")
+    # A batch without padding shows what padding does to a maximum; a ragged one, what stands in it.
+    for ragged in (False, True):
+        tensors = sample_tensors(loss, generator, optional=optional, ragged=ragged)
+        masks = [name for name in tensors if VOCABULARY[name].kind == "mask"]
+        if not masks:
+            raise NotApplicable("no tensor of this loss has padding")
+        leaves = _leaves(tensors)
+        whole = measure(loss, [leaves], leaves)
+        more = 2 if any("K" in VOCABULARY[name].shape for name in masks) else 0
+        padded = {name: _pad(name, tensor, generator, tokens=3, completions=more) for name, tensor in leaves.items()}
+        _compare("with more padding", measure(loss, [padded], leaves), whole)
+        for name, gradient in whole.gradients.items():
+            mask = mask_of(name, tensors)
+            if mask is not None and gradient[~mask.bool()].any():
+                raise LawViolation(f"{name} receives gradient where its mask is 0; multiply by the mask or use it as weight.")
 
 
 def permutation_invariant(loss: BoundLoss, generator: torch.Generator, optional: bool = True) -> None:

@@ -132,7 +132,7 @@ class BoundTerm:
         missing = sorted(self.needs - tensors.keys())
         if missing:
             raise KeyError(f"{self.name}: needs {', '.join(missing)}, got {', '.join(sorted(tensors))}.")
-        given = {name: tensors[name] for name in self.needs | (self.optional & tensors.keys())}
+        given = {name: tensors[name] for name in sorted(self.needs | (self.optional & tensors.keys()))}
         _check_shapes(self.name, given)
         return self.function(**given, **self.keywords)
 
@@ -309,7 +309,7 @@ def get(name: str) -> Loss:
     """
     if name not in _LOSSES:
         ours = _PEER_NAMES.get(name.lower())
-        hint = f"; peers' {name!r} is {ours!r} here" if ours in _LOSSES else _suggest(name, _LOSSES)
+        hint = f" (peers' {name!r} is {ours!r} here)" if ours in _LOSSES else _suggest(name, _LOSSES)
         raise UnknownName(f"unknown algorithm {name!r}{hint}. Known: {', '.join(names())}.")
     return _LOSSES[name]
 
@@ -376,14 +376,14 @@ def _check_shapes(owner: str, tensors: Mapping[str, Tensor]) -> None:
 
 def _suggest_option(name: str, known: Mapping[str, HyperParameter]) -> str:
     if name in ("loss_type", "loss"):
-        return "; an algorithm is chosen by its own name, not by an option"
+        return " (an algorithm is chosen by its own name, not by an option)"
     ours = [option for option in _PEER_OPTIONS.get(name, ()) if option in known]
-    return f"; peers' {name!r} is {ours[0]!r} here" if ours else _suggest(name, known)
+    return f" (peers' {name!r} is {ours[0]!r} here)" if ours else _suggest(name, known)
 
 
 def _suggest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _argument_help(doc: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ def sample_tensors(
     *,
     sizes: Mapping[str, int] = SIZES,
     optional: bool = True,
+    ragged: bool = True,
     dtype: torch.dtype = torch.float64,
     extreme: float | None = None,
 ) -> dict[str, Tensor]:
@@ -39,12 +40,13 @@ def sample_tensors(
         generator: the source of randomness (CPU).
         sizes: size by letter; letters not named keep their default.
         optional: draw optional data too.
+        ragged: draw completions of different lengths; otherwise all are as long as the tensors and nothing is masked.
         dtype: of all tensors except booleans and indices.
         extreme: draw policy, reference and old log-probs of tokens from {0, -1, -extreme} independently, and reals from
             {0, -extreme, extreme}.
     """
     wanted = sorted(loss.needs | (loss.optional if optional else frozenset()))
-    draw = _Draw(generator, {**SIZES, **sizes}, dtype, extreme)
+    draw = _Draw(generator, {**SIZES, **sizes}, ragged, dtype, extreme)
     return {name: draw(name) for name in wanted}
 
 
@@ -59,8 +61,8 @@ def mask_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
 def draw_garbage(kind: Kind, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """What may stand in masked positions (float64): zeros for log-probs, masks and lengths, anything finite otherwise."""
     if kind in ("logps", "token_logps", "mask", "lengths", "boolean", "index", "probability"):
-        return torch.zeros(*shape, dtype=torch.float64)
-    noise = 5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.zeros(tuple(shape), dtype=torch.float64)
+    noise = 5 * torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
     return noise.abs() if kind == "nonnegative" else noise
 
 
@@ -71,9 +73,12 @@ def _mask_name(name: str) -> str:
 class _Draw:
     """Draws tensors one by one and remembers those that others follow from."""
 
-    def __init__(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype, extreme: float | None) -> None:
+    def __init__(
+        self, generator: torch.Generator, sizes: Mapping[str, int], ragged: bool, dtype: torch.dtype, extreme: float | None
+    ) -> None:
         self.generator = generator
         self.sizes = sizes
+        self.ragged = ragged
         self.dtype = dtype
         self.extreme = extreme
         self.made: dict[str, Tensor] = {}
@@ -114,7 +119,7 @@ class _Draw:
                 assert_never(spec.kind)
 
     def _uniform(self, shape: Sequence[int]) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return torch.rand(tuple(shape), generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def _choose(self, shape: Sequence[int], values: Sequence[float]) -> Tensor:
         picks = torch.randint(len(values), tuple(shape), generator=self.generator)
@@ -122,6 +127,8 @@ class _Draw:
 
     def _mask(self, name: str, shape: Sequence[int]) -> Tensor:
         """Rows of ones from the left, at least one (two valid completions in a group); the first row is full."""
+        if not self.ragged:
+            return torch.ones(tuple(shape), dtype=self.dtype)
         least = 2 if name == "group_mask" else 1
         lengths = torch.randint(least, shape[-1] + 1, tuple(shape[:-1]), generator=self.generator)
         lengths.view(-1)[0] = shape[-1]
@@ -158,7 +165,7 @@ class _Draw:
         if self.extreme:
             values = self._choose(shape, [0.0, -self.extreme, self.extreme])
         else:
-            values = torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+            values = torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64).to(self.dtype)
         if VOCABULARY[name].kind == "nonnegative":
             values = values.abs()
         if "T" in VOCABULARY[name].shape:
