@@ -7,9 +7,11 @@ metrics, failed cells and NaN are ordinary: what exists is drawn.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -143,7 +145,7 @@ def final_values(results: Results) -> Figure | None:
         base = results.reference.get(metric.key, math.nan)
         if math.isfinite(base):
             axes.axvline(base, color=INK, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1)
-        axes.set_title(metric.label + {"up": " ↑", "down": " ↓", None: ""}[metric.better])
+        _title(axes, metric.label + {"up": " ↑", "down": " ↓", None: ""}[metric.better])
         axes.margins(x=0.12)
     return figure
 
@@ -180,7 +182,7 @@ def cost_bars(results: Results, timings: Timings | None = None) -> Figure | None
                 fontsize=7.5,
                 color=INK,
             )
-        axes.set_title(title)
+        _title(axes, title)
         axes.margins(x=0.28)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
@@ -214,8 +216,15 @@ def _over_steps(results: Results, source: str, key: str) -> dict[str, Line]:
     return found
 
 
+def _title(axes: Axes, text: str) -> None:
+    """A title that wraps instead of running into the panel beside it."""
+    axes.set_title(textwrap.fill(text, 22))
+
+
 def _remark(axes: Axes, row: int, text: str) -> None:
-    axes.annotate(text, (0.02, row), xycoords=("axes fraction", "data"), fontsize=7.5, color=MUTED, va="center", style="italic")
+    place: dict[str, Any] = {"xy": (0.02, row), "xycoords": ("axes fraction", "data"), "va": "center"}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axes.annotate(text, **place, fontsize=7.5, color=MUTED, style="italic", bbox=box)
 
 
 def _absence(results: Results, label: str) -> str:

@@ -258,7 +258,8 @@ def _clocks(results: Results, timings: Timings | None, names: Sequence[str]) -> 
 
 def _metric_column(results: Results, metric: Metric) -> Column:
     judge = judge_of(results, metric)
-    mark = {"up": " ↑", "down": " ↓", None: ""}[metric.better] + (" †" if metric.diagnostic else "")
+    # A no-break space keeps the mark on the line of the label.
+    mark = {"up": "\u00a0↑", "down": "\u00a0↓", None: ""}[metric.better] + ("\u00a0†" if metric.diagnostic else "")
     dim = metric.diagnostic or (judge is not None and weak(judge))
     return Column(f"{metric.label}{mark}", style="dim" if dim else "", note=metric.note)
 
