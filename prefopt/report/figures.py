@@ -160,7 +160,9 @@ def cost_bars(results: Results, timings: Timings | None = None) -> Figure | None
     panels.append(("tokens through a model", tokens, _short))
     if timings is not None:
         for name, title in (("seconds", "seconds"), ("peak_memory_mb", "peak memory (MB)")):
-            panels.append((title, {setting.label: timings.mean(setting.label, name) for setting in results.settings}, _short))
+            panels.append(
+                (title, {setting.label: results.clock(timings, setting.label, name) for setting in results.settings}, _short)
+            )
     panels = [panel for panel in panels if any(math.isfinite(value) and value != 0 for value in panel[1].values())][:5]
     if not panels:
         return None

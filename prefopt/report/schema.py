@@ -165,6 +165,13 @@ class Results:
         """The cells of a setting that did not finish."""
         return tuple(cell for cell in self.cells if cell.label == label and cell.status == "failed")
 
+    def clock(self, timings: Timings, label: str, name: str) -> float:
+        """Mean of one field of `CellTiming` over the seeds of a setting that finished; NaN if it was never measured."""
+        finished = {cell.seed for cell in self.cells_of(label)}
+        values = [float(getattr(cell, name)) for cell in timings.cells if cell.label == label and cell.seed in finished]
+        values = [value for value in values if math.isfinite(value)]
+        return sum(values) / len(values) if values else math.nan
+
     def values(self, label: str, key: str) -> dict[int, float]:
         """Finite final values of a metric by seed; seeds that failed or have no such value are absent."""
         found = {cell.seed: cell.final.get(key, math.nan) for cell in self.cells_of(label)}
@@ -189,12 +196,6 @@ class Timings:
 
     cells: tuple[CellTiming, ...] = ()
     shared: Mapping[str, float] = field(default_factory=dict)
-
-    def mean(self, label: str, name: str) -> float:
-        """Mean over seeds of one field of `CellTiming`; NaN if it was never measured."""
-        values = [float(getattr(cell, name)) for cell in self.cells if cell.label == label]
-        values = [value for value in values if math.isfinite(value)]
-        return sum(values) / len(values) if values else math.nan
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def results_grid(results: Results, timings: Timings | None = None) -> Grid:
     failures = any(cell.status == "failed" for cell in results.cells)
     columns = [Column("setting", numeric=False), *(_metric_column(results, metric) for metric in results.metrics)]
     clocks = _clocks(results, timings, ("seconds", "peak_memory_mb"))
-    columns += [Column(header, note="mean over seeds") for header, _ in clocks]
+    columns += [Column(header, note="mean over the seeds that finished") for header, _ in clocks]
     if failures:
         columns.append(Column("failed cells", numeric=False))
     styles = [column.style for column in columns[1:]]
@@ -249,7 +249,7 @@ def _clocks(results: Results, timings: Timings | None, names: Sequence[str]) -> 
         return []
     made = []
     for name in names:
-        means = {setting.label: timings.mean(setting.label, name) for setting in results.settings}
+        means = {setting.label: results.clock(timings, setting.label, name) for setting in results.settings}
         if any(map(math.isfinite, means.values())):
             header, spec = _CLOCKS[name]
             made.append((header, {label: number(mean, spec) for label, mean in means.items()}))

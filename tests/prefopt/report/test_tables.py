@@ -130,6 +130,11 @@ def test_missing_metrics_and_unmeasured_memory(make_exact, make_timings) -> None
     assert "peak MB" not in headers
 
 
+def test_seconds_are_those_of_cells_that_finished(make_exact, make_timings, fail) -> None:
+    results = fail(make_exact(3, ("dpo", "ipo")), "ipo", 2, "boom")
+    assert column_of(results_grid(results, make_timings(results)), "seconds") == ["", "21.0", "20.5"]
+
+
 def test_ledger_and_settings_show_every_number(make_exact, make_timings) -> None:
     results = make_exact(3, ("dpo", "ppo"))
     ledger = ledger_grid(results, make_timings(results))
