@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from losses.types import VOCABULARY, LossOutput
+from losses.types import VOCABULARY, LossOutput, check_shapes
 
 LossFunction = Callable[..., LossOutput]
 
@@ -133,7 +133,7 @@ class BoundTerm:
         if missing:
             raise KeyError(f"{self.name}: needs {', '.join(missing)}, got {', '.join(sorted(tensors))}.")
         given = {name: tensors[name] for name in sorted(self.needs | (self.optional & tensors.keys()))}
-        _check_shapes(self.name, given)
+        check_shapes(self.name, given)
         return self.function(**given, **self.keywords)
 
 
@@ -352,26 +352,6 @@ def _add(loss: Loss) -> None:
 def _identity(loss: Loss) -> tuple[Any, ...]:
     functions = ((term.name, term.function.__qualname__, term.function.__code__.co_filename) for term in loss.terms)
     return (*functions, *(term.coefficient for term in loss.terms))
-
-
-def _check_shapes(owner: str, tensors: Mapping[str, Tensor]) -> None:
-    """Every letter of the vocabulary's shapes has one size.
-
-    A wrong shape would broadcast silently: [P] against [P, 1] is a [P, P] loss.
-    """
-    sizes: dict[str, tuple[int, str]] = {}
-    for name, tensor in tensors.items():
-        letters = VOCABULARY[name].shape
-        expected = f"[{', '.join(letters)}]"
-        if tensor.ndim != len(letters):
-            raise ValueError(f"{owner}: {name} is {list(tensor.shape)}; it must be {expected}.")
-        for letter, size in zip(letters, tensor.shape, strict=True):
-            known, where = sizes.setdefault(letter, (size, name))
-            if known != size:
-                raise ValueError(
-                    f"{owner}: {where} is {list(tensors[where].shape)}, {name} is {list(tensor.shape)}; "
-                    f"{letter} of {expected} must be the same in both."
-                )
 
 
 def _suggest_option(name: str, known: Mapping[str, HyperParameter]) -> str:

@@ -93,6 +93,29 @@ def _build_vocabulary() -> dict[str, TensorSpec]:
 VOCABULARY: Mapping[str, TensorSpec] = _build_vocabulary()
 
 
+def check_shapes(owner: str, tensors: Mapping[str, Tensor]) -> None:
+    """Every letter of the vocabulary's shapes has one size.
+
+    A wrong shape would broadcast silently: [P] against [P, 1] is a [P, P] loss.
+
+    Raises:
+        ValueError: a tensor with the wrong number of dimensions, or two that disagree about a size.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, tensor in tensors.items():
+        letters = VOCABULARY[name].shape
+        expected = f"[{', '.join(letters)}]"
+        if tensor.ndim != len(letters):
+            raise ValueError(f"{owner}: {name} is {list(tensor.shape)}; it must be {expected}.")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            known, where = sizes.setdefault(letter, (size, name))
+            if known != size:
+                raise ValueError(
+                    f"{owner}: {where} is {list(tensors[where].shape)}, {name} is {list(tensor.shape)}; "
+                    f"{letter} of {expected} must be the same in both."
+                )
+
+
 @dataclass(frozen=True)
 class Max:
     """A metric that is reduced by its maximum instead of its weighted mean. `values` has any shape and no gradient."""

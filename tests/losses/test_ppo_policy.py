@@ -48,10 +48,10 @@ def test_ppo_policy_clips_low_and_high_apart() -> None:
 
 
 def test_ppo_policy_dual_clip_bounds_bad_actions_only() -> None:
-    """A = -1: the loss is min(rho, 3), without gradient beyond; A = 1 is as before."""
-    assert one(5.0, -1.0, dual_clip=3.0) == pytest.approx((3.0, 0.0))
-    assert one(2.0, -1.0, dual_clip=3.0) == pytest.approx((2.0, 2.0))
-    assert one(5.0, 1.0, dual_clip=3.0) == pytest.approx(one(5.0, 1.0))
+    """A = -2: the loss is 2 min(rho, 3), without gradient beyond; A = 2 is as before."""
+    assert one(5.0, -2.0, dual_clip=3.0) == pytest.approx((6.0, 0.0))
+    assert one(2.0, -2.0, dual_clip=3.0) == pytest.approx((4.0, 4.0))
+    assert one(5.0, 2.0, dual_clip=3.0) == pytest.approx(one(5.0, 2.0))
 
 
 def test_ppo_policy_gradient_is_zero_beyond_the_largest_exponent() -> None:
@@ -128,15 +128,15 @@ def test_ppo_policy_bounds_the_unclipped_surrogate_and_ignores_a_shift(seed: int
 
 
 def test_ppo_policy_metrics() -> None:
-    """Ratios 1.5 (clipped) and 1 count, the masked 9 does not; k3 of old against policy is (r - 1 - log r)."""
-    logps = torch.tensor([[1.5, 1.0, 9.0]], dtype=torch.float64).log()
+    """Ratios 0.9 and 0.5 (clipped: A < 0) count, the masked 9 does not; k3 of old against policy is r - 1 - log r."""
+    logps = torch.tensor([[0.9, 0.5, 9.0]], dtype=torch.float64).log()
     mask = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
-    out = ppo_policy_loss(logps, torch.zeros_like(logps), torch.ones_like(logps), mask)
+    out = ppo_policy_loss(logps, torch.zeros_like(logps), -torch.ones_like(logps), mask)
     ratio_max = out.metrics["ratio/max"]
     assert isinstance(ratio_max, Max)
-    assert ratio_max.values.max().item() == pytest.approx(1.5)
+    assert ratio_max.values.max().item() == pytest.approx(0.9)  # not the 1 of a masked ratio
     assert reduced(out, "clip_frac") == 0.5
-    assert reduced(out, "approx_kl") == pytest.approx((0.5 - math.log(1.5)) / 2)
+    assert reduced(out, "approx_kl") == pytest.approx((0.9 + 0.5 - 2 - math.log(0.9 * 0.5)) / 2)
 
 
 @pytest.mark.parametrize(
