@@ -6,38 +6,25 @@ The key holds nothing of algorithm, strength, seed or batching, so every run on 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefopt.data.records import Example
-from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.models.causal_lm import FrozenReference
 from prefopt.packing import flat_roles, pack, split_by_tokens
-
-
-def fingerprint(model: Any) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of a model's weights and its configuration, 16 hex digits."""
-    digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith(("_", "transformers_version"))}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 class ReferenceCache:
     """Per-token log-probs of completions under one frozen reference.
 
     Args:
-        policy: evaluated with gradient off when an entry is missing.
+        reference: evaluated when an entry is missing.
         folder: where entries live between runs; None keeps them in memory.
         micro_batch_tokens: packed tokens of one forward pass.
         on_progress: called with (done, total) examples while entries are computed.
@@ -45,21 +32,21 @@ class ReferenceCache:
 
     def __init__(
         self,
-        policy: CausalLMPolicy,
+        reference: FrozenReference,
         folder: Path | None = None,
         *,
         micro_batch_tokens: int = 8192,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._policy = policy
+        self._reference = reference
         self._budget = micro_batch_tokens
         self._on_progress = on_progress
         self._known: dict[bytes, Tensor] = {}
         self._folder = None
         self.computed_tokens = 0
         if folder is not None:
-            dtype = "bf16-autocast" if policy.device.type == "cuda" else str(policy.dtype).removeprefix("torch.")
-            self._folder = folder / f"{fingerprint(policy.base)}-{dtype}"
+            dtype = "bf16-autocast" if reference.device.type == "cuda" else str(reference.dtype).removeprefix("torch.")
+            self._folder = folder / f"{reference.weights}-{dtype}"
             self._load()
 
     def rows(self, examples: Sequence[Example]) -> list[Tensor]:
@@ -69,13 +56,12 @@ class ReferenceCache:
             self._compute(list({example: None for example in missing}))
         return [self._known[key] for example in examples for key in _keys(example)]
 
-    @torch.no_grad()
     def _compute(self, examples: list[Example]) -> None:
         done = 0
         fresh: dict[bytes, Tensor] = {}
         # Sorted by length: similar groups share an attention call, and the order does not matter here.
         for part in split_by_tokens(sorted(examples, key=lambda e: e.tokens), self._budget):
-            rows = self._policy.rows(pack(part, roles=flat_roles), ["token_logps"])["token_logps"].cpu()
+            rows = self._reference.token_logps(pack(part, roles=flat_roles)).cpu()
             keys = [key for example in part for key in _keys(example)]
             lengths = [len(ids) for example in part for ids in example.completion_ids]
             fresh.update({key: row[:length].clone() for key, row, length in zip(keys, rows, lengths, strict=True)})

@@ -19,7 +19,7 @@ from torch import Tensor
 from prefopt.data.records import Example, Message, Record, Text
 from prefopt.errors import ConfigError, DataError, TrainingError
 from prefopt.generate import Decoding, generate
-from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.packing import PackedBatch, Sampling, flat_roles, pack, split_by_tokens
 from prefopt.streams import Budget, epoch_order
 from prefopt.tokenize import tokenize
@@ -34,7 +34,7 @@ class Workshop:
 
     Args:
         policy: the live policy.
-        reference: batch -> [N, T] log-probs of the frozen reference under the batch's sampling distribution.
+        reference: frozen.
         scorer: the reward.
         examples: prompts (their completions are not used).
         texts: each example's prompt as text, by id, for the scorer.
@@ -47,7 +47,7 @@ class Workshop:
     """
 
     policy: CausalLMPolicy
-    reference: Callable[[PackedBatch], Tensor]
+    reference: FrozenReference
     scorer: Scorer
     examples: Sequence[Example]
     texts: Mapping[str, Text]
@@ -117,7 +117,9 @@ class RolloutStream:
         self._buffer: list[Rollout] = []
         self._step = 0
         self._metrics: dict[str, Metric] = {}
+        self.sampled = 0
         self.generated_tokens = 0
+        self.reference_tokens = 0
 
     @property
     def _steps_per_iteration(self) -> int:
@@ -176,6 +178,7 @@ class RolloutStream:
         samples = generate(
             shop.policy, [e.prompt_ids for e in prompts], self._decoding, self._generator, eos_ids=shop.eos_ids
         )
+        self.sampled += len(samples)
         self.generated_tokens += sum(len(sample.ids) for sample in samples)
         texts = [shop.policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
         scores = shop.scorer([shop.texts[e.id] for e in prompts], texts)
@@ -221,8 +224,9 @@ class RolloutStream:
             own = [s for s in supports[done : done + len(part)] if s is not None]
             sampling = Sampling(self._decoding.temperature, torch.cat(own) if own else None)
             batch = pack(part, roles=flat_roles, dtype=self._shop.dtype, sampling=sampling)
+            self.reference_tokens += batch.tokens
             rows = self._shop.policy.rows(batch, quantities)
-            found = {"old_token_logps": rows["token_logps"], "reference_token_logps": self._shop.reference(batch), "mask": batch.mask}
+            found = {"old_token_logps": rows["token_logps"], "reference_token_logps": self._shop.reference.token_logps(batch), "mask": batch.mask}
             if "values" in rows:
                 found["old_values"] = rows["values"]
             for name, value in found.items():
@@ -236,7 +240,7 @@ class RolloutStream:
         return {
             "step": self._step,
             "generator": self._generator.get_state(),
-            "generated_tokens": self.generated_tokens,
+            "spent": [self.sampled, self.generated_tokens, self.reference_tokens],
             "metrics": {name: list(pair) for name, pair in self._metrics.items() if isinstance(pair, tuple)},
             "buffer": [
                 {
@@ -253,7 +257,7 @@ class RolloutStream:
     def load_state_dict(self, state: Any) -> None:
         self._step = state["step"]
         self._generator.set_state(state["generator"])
-        self.generated_tokens = state["generated_tokens"]
+        self.sampled, self.generated_tokens, self.reference_tokens = state["spent"]
         self._metrics = {name: (pair[0], pair[1]) for name, pair in state["metrics"].items()}
         self._buffer = [
             Rollout(Example(item["id"], tuple(item["prompt"]), (tuple(item["completion"]),)), item["tensors"], item["support"])

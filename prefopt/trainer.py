@@ -68,7 +68,7 @@ class Logging:
 
     Args:
         log_every: steps between lines of metrics.jsonl.
-        save_every: steps between checkpoints; 0 saves only at the end.
+        save_every: steps between checkpoints, the last step included; 0 writes none.
         keep: how many checkpoints stay.
     """
 
@@ -141,7 +141,7 @@ def fit(
             run.update(micro_batches)
             run.after_update(log)
             run.evaluate(log, evaluate, evaluate_at)
-            if folder is not None and _due(run.step, logging.save_every, stream.total_steps):
+            if folder is not None and logging.save_every and _due(run.step, logging.save_every, stream.total_steps):
                 run.save()
     return run.result
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +108,14 @@ class CausalLMPolicy(nn.Module):
             )
         return output.last_hidden_state[0]
 
-    def rows(self, batch: PackedBatch, quantities: Collection[str], *, reference: CausalLMPolicy | None = None) -> dict[str, Tensor]:
+    @property
+    def head(self) -> Any:
+        """States -> logits."""
+        return self.base.get_output_embeddings()
+
+    def rows(
+        self, batch: PackedBatch, quantities: Collection[str], *, reference: FrozenReference | None = None
+    ) -> dict[str, Tensor]:
         """Row tensors: [N, T] `token_logps`, `entropies`, `token_kls`, `policy_kls`, `token_log_sum_sq`, `values`; [N] `rewards`.
 
         Args:
@@ -123,13 +133,12 @@ class CausalLMPolicy(nn.Module):
         if wanted:
             other = None
             if reference is not None:
-                with torch.no_grad():
-                    other = (reference.hidden(batch)[batch.predict], reference.base.get_output_embeddings())
+                other = (reference.hidden(batch)[batch.predict], reference.head)
             with self.autocast():
                 found |= token_quantities(
                     hidden[batch.predict],
                     batch.targets,
-                    self.base.get_output_embeddings(),
+                    self.head,
                     names=wanted,
                     sampling=batch.sampling,
                     vocabulary=self.vocabulary,
@@ -195,6 +204,71 @@ class CausalLMPolicy(nn.Module):
         if self.device.type == "cuda" and self.dtype == torch.float32:
             return torch.autocast("cuda", torch.bfloat16)
         return contextlib.nullcontext()
+
+
+class FrozenReference:
+    """The reference: a model of its own, or a LoRA policy with its adapters off. Never carries gradient.
+
+    Args:
+        policy: the frozen model, or the policy whose adapters are switched off for every call.
+        weights: fingerprint of the weights without adapters; keys the cache of log-probs.
+    """
+
+    def __init__(self, policy: CausalLMPolicy, weights: str) -> None:
+        self._policy = policy
+        self._adapter = "policy" if policy.lora is None else None
+        self.weights = weights
+        self.device, self.dtype = policy.device, policy.dtype
+
+    @property
+    def head(self) -> Any:
+        """States -> logits; called while adapters may be on, which all-linear LoRA keeps off the head."""
+        return self._policy.head
+
+    @torch.no_grad()
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """[S, D] last hidden states."""
+        with self._policy.adapter(self._adapter):
+            return self._policy.hidden(batch)
+
+    @torch.no_grad()
+    def rows(self, batch: PackedBatch, quantities: Collection[str]) -> dict[str, Tensor]:
+        """As `CausalLMPolicy.rows`."""
+        with self._policy.adapter(self._adapter):
+            return self._policy.rows(batch, quantities)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """[N, T] log-probs under the batch's sampling distribution."""
+        return self.rows(batch, ["token_logps"])["token_logps"]
+
+
+def build_policy(
+    model: Any, tokenizer: Any, *, lora: LoRA | None = None, heads: Collection[str] = (), dropout: bool = False
+) -> tuple[CausalLMPolicy, FrozenReference]:
+    """A policy that starts at `model`, and the reference it starts from.
+
+    Under LoRA the two share their weights and the reference is the policy with adapters off; otherwise the reference is a
+    frozen copy.
+    """
+    weights = fingerprint(model)
+    if lora is not None:
+        policy = CausalLMPolicy(model, tokenizer, lora=lora, heads=heads, dropout=dropout)
+        return policy, FrozenReference(policy, weights)
+    frozen = CausalLMPolicy(copy.deepcopy(model), tokenizer)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    return CausalLMPolicy(model, tokenizer, heads=heads, dropout=dropout), FrozenReference(frozen, weights)
+
+
+def fingerprint(model: Any) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of a model's weights and its configuration, 16 hex digits."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith(("_", "transformers_version"))}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def head_names(needs: Collection[str]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from losses.types import LossOutput
 from prefopt import algorithms
 from prefopt.data.records import Example
 from prefopt.errors import TrainingError
-from prefopt.models.causal_lm import CausalLMPolicy, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint, head_names
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream
 from prefopt.trainer import Logging, Optimization, fit
@@ -42,6 +42,11 @@ def tiny_policy(dtype: torch.dtype = torch.float32, heads: tuple[str, ...] = (),
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=0.2)
     return CausalLMPolicy(model, tokenizer=None, heads=heads)
+
+
+def tiny_reference(dtype: torch.dtype = torch.float32, seed: int = 0) -> ReferenceCache:
+    policy = tiny_policy(dtype, seed=seed)
+    return ReferenceCache(FrozenReference(policy, fingerprint(policy.model)))
 
 
 def pairs(count: int, seed: int = 0) -> list[Example]:
@@ -63,7 +68,7 @@ def offline_run(
         pairs(24),
         kind=setting.algorithm.stream,
         budget=Budget(batch_size=batch, micro_batch_size=micro, max_steps=steps, epochs=10),
-        reference=ReferenceCache(tiny_policy(dtype)),
+        reference=tiny_reference(dtype),
         dtype=dtype,
     )
     result = fit(policy, setting.loss, stream, Optimization(learning_rate=1e-2, clip_norm=clip), logging=Logging(log_every=1))
@@ -92,7 +97,7 @@ def test_accumulation_gradient_in_float32(name: str) -> None:
         policy = tiny_policy()
         stream = OfflineStream(
             pairs(24), kind="pairs", budget=Budget(batch_size=8, micro_batch_size=micro, max_steps=1),
-            reference=ReferenceCache(tiny_policy()),
+            reference=tiny_reference(),
         )  # fmt: skip
         grads: dict[str, Tensor] = {}
         for key, parameter in policy.named_parameters():
@@ -114,7 +119,7 @@ def test_a_wrong_reference_stops_at_the_first_step() -> None:
     setting = algorithms.get("dpo").setting()
     policy = tiny_policy()
     before = {key: value.clone() for key, value in policy.trainable_state().items()}
-    reference = ReferenceCache(tiny_policy(seed=1))
+    reference = tiny_reference(seed=1)
     stream = OfflineStream(pairs(24), kind="pairs", budget=Budget(batch_size=8), reference=reference)
     with pytest.raises(TrainingError, match="reference log-probs belong to other weights"):
         fit(policy, setting.loss, stream)
@@ -263,7 +268,6 @@ RESUMABLE = """
     sys.path.insert(0, {tests!r})
     import test_trainer as t
     from prefopt import algorithms
-    from prefopt.reference import ReferenceCache
     from prefopt.streams import Budget, OfflineStream
     from prefopt.trainer import Logging, Optimization, fit
     from pathlib import Path
@@ -275,7 +279,7 @@ RESUMABLE = """
             for step in super().__iter__():
                 time.sleep({pause})
                 yield step
-    stream = Slow(t.pairs(24), kind="pairs", budget=Budget(batch_size=4, max_steps=20, epochs=10), reference=ReferenceCache(t.tiny_policy()))
+    stream = Slow(t.pairs(24), kind="pairs", budget=Budget(batch_size=4, max_steps=20, epochs=10), reference=t.tiny_reference())
     fit(policy, setting.loss, stream, Optimization(learning_rate=1e-2), logging=Logging(log_every=3, save_every=2), folder=Path({folder!r}), resume=True)
 """
 

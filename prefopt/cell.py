@@ -1,0 +1,150 @@
+"""One cell of a comparison: one setting on one seed, trained and measured. `prefopt train` runs exactly this."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from prefopt.algorithms import Setting
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, build_policy, head_names
+from prefopt.options import Options
+from prefopt.reference import ReferenceCache
+from prefopt.report.schema import Cell, CellTiming, Ledger, PromptRow
+from prefopt.rollouts import RolloutStream, Workshop, rollouts
+from prefopt.streams import Budget, OfflineStream
+from prefopt.tasks import Task, Training
+from prefopt.trainer import FitResult, fit
+
+# What the report's learning curves show of the training log.
+_CURVE = ("step", "loss", "grad_norm", "rewards/margins", "rewards/accuracies", "score", "kl", "clip_frac")
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A finished cell and its policy."""
+
+    cell: Cell
+    timing: CellTiming
+    rows: tuple[PromptRow, ...]
+    policy: CausalLMPolicy
+
+
+def run_cell(
+    task: Task,
+    setting: Setting,
+    options: Options,
+    seed: int,
+    *,
+    label: str,
+    cache: Path,
+    folder: Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> CellResult:
+    """Trains one setting on one seed and measures it at checkpoints and at the end.
+
+    Args:
+        task: rows, start, reward and metrics.
+        setting: algorithm with its hyper-parameters.
+        options: budget, optimizer, evaluation.
+        seed: of order, adapter and rollouts.
+        label: names the cell in the report.
+        cache: of reference log-probs and shared stages.
+        folder: for metrics.jsonl and checkpoints.
+        resume: go on from the newest checkpoint.
+        console: for progress.
+    """
+    begin = time.perf_counter()
+    torch.manual_seed(seed)
+    training = task.training(seed)
+    model, tokenizer = task.start()
+    lora = LoRA(r=options.model.lora, alpha=2 * options.model.lora) if options.model.lora else None
+    policy, reference = build_policy(model, tokenizer, lora=lora, heads=head_names(setting.loss.needs))
+    known = ReferenceCache(reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens)
+    stream, reward_tokens = build_stream(task, setting, training, policy, reference, known, options.budget, seed)
+    evaluate = partial(task.evaluate, policy, reference, known, setting.loss, seed)
+    total = stream.total_steps
+    checkpoints = sorted({round(total * (i + 1) / options.evaluation.checkpoints) for i in range(options.evaluation.checkpoints - 1)} - {0, total})
+    result = fit(
+        policy, setting.loss, stream, options.optimization, logging=options.logging, folder=folder, resume=resume, evaluate=lambda: evaluate().metrics,
+        evaluate_at=checkpoints, console=console, title=f"{label} seed {seed}",
+    )  # fmt: skip
+    policy.train(False)
+    measured = evaluate()
+    final = dict(measured.metrics)
+    if setting.algorithm.on_policy:
+        final.pop("own_accuracy", None)
+    cell = Cell(
+        setting.algorithm.name, label, seed, "ok", None, final, _path(result, final), _curve(result),
+        _ledger(stream, training, options.budget, result, known, reward_tokens),
+    )  # fmt: skip
+    timing = CellTiming(
+        label, seed, time.perf_counter() - begin, result.seconds / max(1, result.steps), result.tokens / result.seconds if result.seconds else 0.0,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )  # fmt: skip
+    rows = tuple(PromptRow(label, seed, r.prompt_id, r.judge, r.score, r.kl, r.log_ratio, r.length) for r in measured.rows)
+    return CellResult(cell, timing, rows, policy)
+
+
+def build_stream(
+    task: Task,
+    setting: Setting,
+    training: Training,
+    policy: CausalLMPolicy,
+    reference: FrozenReference,
+    known: ReferenceCache,
+    budget: Budget,
+    seed: int,
+) -> tuple[OfflineStream | RolloutStream, int]:
+    """The stream that the algorithm derives, and the tokens its reward model was trained on."""
+    budget = Budget(budget.batch_size, budget.micro_batch_size, budget.micro_batch_tokens, budget.epochs, budget.max_steps, seed)
+    if not setting.algorithm.on_policy:
+        cache = known if setting.needs_reference else None
+        return OfflineStream(training.examples, kind=setting.algorithm.stream, budget=budget, reference=cache, dtype=policy.dtype), 0
+    scorer, stage = task.scorer(seed)
+    advantage = setting.algorithm.loss.advantage
+    workshop = Workshop(
+        policy, reference, scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens, setting.loss.needs,
+        partial(advantage, **setting.advantage_options) if advantage is not None else None, policy.dtype,
+    )  # fmt: skip
+    return rollouts(workshop, **setting.stream_options), stage.tokens
+
+
+def _path(result: FitResult, final: Mapping[str, float]) -> tuple[Mapping[str, float], ...]:
+    lines = [line for line in result.lines if any(key.startswith("eval/") for key in line)]
+    path = [{key.removeprefix("eval/"): float(value) for key, value in line.items()} for line in lines]
+    return (*path, {"step": float(result.steps), **final})
+
+
+def _curve(result: FitResult) -> tuple[Mapping[str, float], ...]:
+    return tuple({key: float(line[key]) for key in _CURVE if key in line} for line in result.lines if "loss" in line)
+
+
+def _ledger(
+    stream: OfflineStream | RolloutStream,
+    training: Training,
+    budget: Budget,
+    result: FitResult,
+    known: ReferenceCache,
+    reward_tokens: int,
+) -> Ledger:
+    """Counts of what the cell consumed; labels include those of the reward model."""
+    rows = len(training.examples)
+    rolled = stream if isinstance(stream, RolloutStream) else None
+    seen = rolled.sampled if rolled is not None else result.steps * budget.batch_size
+    return Ledger(
+        labels=rows if rolled is not None else min(rows, seen),
+        unique_prompts=len({example.prompt_ids for example in training.examples}) if seen >= rows else seen,
+        epochs=seen / rows,
+        trained_tokens=result.tokens,
+        reference_tokens=known.computed_tokens + (rolled.reference_tokens if rolled is not None else 0),
+        generated_tokens=rolled.generated_tokens if rolled is not None else 0,
+        reward_model_tokens=reward_tokens,
+    )

@@ -1,0 +1,153 @@
+"""What is measured on a trained policy of text: implicit rewards on held-out pairs, and samples scored and priced in KL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from losses.registry import BoundLoss
+from losses.types import VOCABULARY
+from torch import Tensor
+
+from prefopt.communicator import SingleProcess
+from prefopt.data.records import Example, Text
+from prefopt.generate import Decoding, generate
+from prefopt.metrics import Meter
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.packing import flat_roles, pack, split_by_tokens
+from prefopt.reference import ReferenceCache
+from prefopt.rollouts import Scorer
+from prefopt.streams import Budget, OfflineStream
+
+
+@torch.no_grad()
+def measure_pairs(
+    policy: CausalLMPolicy, reference: ReferenceCache, pairs: Sequence[Example], loss: BoundLoss | None, micro_batch_tokens: int
+) -> dict[str, float]:
+    """Accuracy and margins of implicit rewards on held-out pairs: diagnostics, not results.
+
+    Args:
+        loss: the algorithm's own; its `rewards/accuracies` is the algorithm's own score. None, or a loss on rollouts, which
+            scores no pairs, leaves that column out.
+
+    Returns:
+        `accuracy` and `margin` by the common log-ratio sum, `own_accuracy` by the algorithm's score, and the mean log-ratio
+        of chosen and rejected.
+    """
+    budget = Budget(batch_size=len(pairs), micro_batch_tokens=micro_batch_tokens, epochs=1.0)
+    (micro_batches,) = OfflineStream(pairs, kind="pairs", budget=budget, reference=reference, dtype=policy.dtype)
+    names = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+    scores_pairs = loss is not None and not any(VOCABULARY[name].source in ("old", "rollout") for name in loss.needs)
+    needs = set(names) | (loss.needs | loss.optional if loss is not None and scores_pairs else set())
+    meter = Meter()
+    for batch in micro_batches:
+        from_policy = {name for name in needs if VOCABULARY[name].source == "policy"}
+        given = {name: value.to(policy.device) for name, value in batch.tensors(needs - from_policy).items()}
+        tensors = {**given, **policy.evaluate(batch, from_policy)}
+        chosen, rejected = (tensors[f"policy_{side}_logps"] - tensors[f"reference_{side}_logps"] for side in ("chosen", "rejected"))
+        ones = torch.ones_like(chosen)
+        # Half a point for a tie, up to the rounding of float32 sums: at the start every margin is zero.
+        right = torch.where((chosen - rejected).abs() < 1e-3, 0.5, (chosen > rejected).to(chosen))
+        meter.add("accuracy", (right, ones))
+        meter.add("margin", (chosen - rejected, ones))
+        meter.add("chosen_log_ratio", (chosen, ones))
+        meter.add("rejected_log_ratio", (rejected, ones))
+        if loss is not None and scores_pairs:
+            for output in loss(tensors).values():
+                if "rewards/accuracies" in output.metrics:
+                    meter.add("own_accuracy", output.metrics["rewards/accuracies"])
+    return meter.read(SingleProcess())
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions of a policy on test prompts, [N] tensors.
+
+    Args:
+        kl: sum over tokens of KL(policy || reference) over the whole vocabulary, nats.
+        k1: log(policy / reference) of the drawn tokens, nats: an unbiased check of `kl`.
+        lengths: tokens, EOS included.
+        finished: ended by themselves before the limit.
+        scores: of the judge; None without one.
+    """
+
+    ids: tuple[str, ...]
+    kl: Tensor
+    k1: Tensor
+    lengths: Tensor
+    finished: Tensor
+    scores: Tensor | None
+
+    def metrics(self, judge: str) -> dict[str, float]:
+        """Means by metric key; the score is the judge's."""
+        found = {
+            "kl": self.kl.mean(),
+            "kl_k1": self.k1.mean(),
+            "nats_per_token": self.kl.sum() / self.lengths.sum(),
+            "length": self.lengths.float().mean(),
+            "truncated": 1 - self.finished.float().mean(),
+        }
+        if self.scores is not None:
+            found[f"score/{judge}"] = self.scores.mean()
+        return {name: float(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def sample_and_measure(
+    policy: CausalLMPolicy,
+    reference: FrozenReference,
+    prompts: Sequence[Example],
+    texts: Mapping[str, Text],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    seed: int,
+    judge: Scorer | None,
+    micro_batch_tokens: int,
+) -> Samples:
+    """Samples whole completions at temperature 1 without top-p up to a limit, and measures their KL exactly per token.
+
+    The sum of per-token KLs over the vocabulary has the expectation of k1 with less variance; both are reported.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = generate(policy, [p.prompt_ids for p in prompts], Decoding(max_new_tokens), generator, eos_ids=eos_ids)
+    examples = [Example(p.id, p.prompt_ids, (s.ids,)) for p, s in zip(prompts, drawn, strict=True)]
+    kls, k1s = [], []
+    for part in split_by_tokens(examples, micro_batch_tokens):
+        batch = pack(part, roles=flat_roles, dtype=policy.dtype)
+        rows = policy.rows(batch, ["token_logps", "policy_kls"], reference=reference)
+        kls.append(rows["policy_kls"].sum(-1).cpu())
+        k1s.append((rows["token_logps"] - reference.token_logps(batch)).sum(-1).cpu())
+    scores = None
+    if judge is not None:
+        decoded = [policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in drawn]
+        scores = judge([texts[p.id] for p in prompts], decoded)
+    return Samples(
+        tuple(p.id for p in prompts),
+        torch.cat(kls),
+        torch.cat(k1s),
+        torch.tensor([len(s.ids) for s in drawn]),
+        torch.tensor([s.finished for s in drawn]),
+        scores,
+    )
+
+
+def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927), which stays inside [0, 1] at small n."""
+    if n == 0:
+        return 0.0, 1.0
+    p = right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Pearson's correlation; None when one side is constant or there are fewer than three values."""
+    if len(one) < 3:
+        return None
+    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
+    a, b = a - a.mean(), b - b.mean()
+    norm = a.norm() * b.norm()
+    return float((a * b).sum() / norm) if norm > 0 else None

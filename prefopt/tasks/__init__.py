@@ -1,0 +1,31 @@
+"""A task is what a comparison runs on: rows, the shared start, a reward and the metrics.
+
+`text` reads preference data and a causal LM; `exact` is the world in which every metric is exact. The rest of prefopt knows
+only the protocol.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from prefopt.options import Options
+from prefopt.tasks.protocol import Measured, Shared, Task, Training
+
+__all__ = ["Measured", "Shared", "Task", "Training", "build_task"]
+
+
+def build_task(options: Options, cache: Path, console: Console | None = None) -> Task:
+    """The task that `--data` names.
+
+    Raises:
+        ConfigError, DataError, HubError: with what to do.
+    """
+    if options.data.exact:
+        from prefopt.tasks.exact import ExactTask
+
+        return ExactTask(options, cache, console)
+    from prefopt.tasks.text import TextTask
+
+    return TextTask(options, cache, console)

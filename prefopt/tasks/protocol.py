@@ -1,0 +1,79 @@
+"""The protocol between a comparison and what it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from losses.registry import BoundLoss
+
+from prefopt.data.records import Example, Text
+from prefopt.data.report import DataReport
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.reference import ReferenceCache
+from prefopt.report.schema import Baseline, FrontierPoint, Judge, Metric, PromptRow
+from prefopt.rollouts import Scorer
+from prefopt.stages import Stage
+
+
+@dataclass(frozen=True)
+class Training:
+    """The rows that every algorithm of a seed trains on.
+
+    Args:
+        examples: in the data set's order.
+        texts: prompts as text by example id, for scorers.
+        report: what was read, split and cut.
+    """
+
+    examples: Sequence[Example]
+    texts: Mapping[str, Text]
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation: numbers by metric key, and one row per prompt where the task samples prompts."""
+
+    metrics: Mapping[str, float]
+    rows: Sequence[PromptRow] = ()
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all cells share and the report states once."""
+
+    reference: Mapping[str, float]
+    baselines: Sequence[Baseline] = ()
+    judges: Sequence[Judge] = ()
+    frontier: Sequence[FrontierPoint] | None = None
+    stages: Mapping[str, Stage] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+class Task(Protocol):
+    """Rows, start, reward and metrics."""
+
+    kind: str
+    metrics: Sequence[Metric]
+    eos_ids: Sequence[int]
+    max_new_tokens: int
+
+    def training(self, seed: int) -> Training:
+        """The policy rows of a seed."""
+
+    def start(self) -> tuple[Any, Any]:
+        """A fresh copy of the shared start, with its tokenizer: the caller trains it in place."""
+
+    def scorer(self, seed: int) -> tuple[Scorer, Stage]:
+        """The reward of on-policy algorithms: a reward model trained on the very same policy rows."""
+
+    def evaluate(
+        self, policy: CausalLMPolicy, reference: FrozenReference, cache: ReferenceCache, loss: BoundLoss | None, seed: int
+    ) -> Measured:
+        """Every metric of a policy."""
+
+    def shared(self, *, on_policy: bool) -> Shared:
+        """Facts about the reference, judges and baselines; trains what cells will load from the cache."""
