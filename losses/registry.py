@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, get_type_hints
@@ -91,7 +91,7 @@ def read_options(function: Callable[..., Any], owner: str) -> dict[str, HyperPar
         RegistrationError: one without annotation or default.
     """
     hints = get_type_hints(function)
-    help_lines = _argument_help(inspect.getdoc(function) or "")
+    help_lines = argument_help(inspect.getdoc(function) or "")
     options = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
@@ -195,7 +195,7 @@ class Loss:
             if name not in self.hyper:
                 known = ", ".join(self.hyper) or "none"
                 raise UnknownName(
-                    f"{self.name} has no option {name!r}{_suggest_option(name, self.hyper)}. Its options: {known}."
+                    f"{self.name} has no option {name!r}{suggest_option(name, self.hyper)}. Its options: {known}."
                 )
         values = {name: hyper.get(name, parameter.default) for name, parameter in self.hyper.items()}
         bound = []
@@ -354,7 +354,8 @@ def _identity(loss: Loss) -> tuple[Any, ...]:
     return (*functions, *(term.coefficient for term in loss.terms))
 
 
-def _suggest_option(name: str, known: Mapping[str, HyperParameter]) -> str:
+def suggest_option(name: str, known: Collection[str]) -> str:
+    """A remark for an error message: the nearest of the known options, or ours for a peer's name; "" when none is near."""
     if name in ("loss_type", "loss"):
         return " (an algorithm is chosen by its own name, not by an option)"
     ours = [option for option in _PEER_OPTIONS.get(name, ()) if option in known]
@@ -366,8 +367,8 @@ def _suggest(name: str, known: Any) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _argument_help(doc: str) -> dict[str, str]:
-    """The `Args:` section of a docstring as {argument: text}."""
+def argument_help(doc: str) -> dict[str, str]:
+    """The `Args:` section of a docstring (cleaned, as `inspect.getdoc` returns it) as {argument: text}."""
     section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", doc, re.MULTILINE)
     found: dict[str, str] = {}
     current = ""

@@ -172,7 +172,7 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
             if held == own:
                 return
             if not overwrite:
-                differing = sorted(_differences(held, own))
+                differing = sorted(differences(held, own))
                 raise OutputError(
                     f"{output} holds a comparison with other options ({', '.join(differing)}). Name another --output-dir, or pass --overwrite to delete it."
                 )
@@ -185,10 +185,11 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
     os.replace(staged, marker)
 
 
-def _differences(one: Any, other: Any, path: str = "") -> set[str]:
+def differences(one: Any, other: Any, path: str = "") -> set[str]:
+    """The dotted names at which two trees of plain values differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         names = one.keys() | other.keys()
-        return set().union(*(_differences(one.get(n), other.get(n), f"{path}.{n}" if path else n) for n in names))
+        return set().union(*(differences(one.get(n), other.get(n), f"{path}.{n}" if path else n) for n in names))
     return set() if one == other else {path}
 
 
