@@ -61,6 +61,7 @@ class Study:
         imports: users' files with losses of their own.
         title: heads the report.
         preset: how the options came about, for the report.
+        notes: lines for the report.
     """
 
     entries: Sequence[Entry]
@@ -69,6 +70,7 @@ class Study:
     imports: Sequence[str] = ()
     title: str = "Preference optimization, compared"
     preset: str = ""
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         labels = [entry.label for entry in self.entries]
@@ -122,7 +124,10 @@ def compare(
     prepared = time.perf_counter() - begin
     workers = _default_workers(study) if workers is None else workers
     jobs = [_Job(study, index, seed, output, cache, workers, save_policies) for seed in study.seeds for index in range(len(settings))]
-    _run_all([job for job in jobs if not job.done], workers, console)
+    waiting = [job for job in jobs if not job.done]
+    if len(waiting) < len(jobs):
+        console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells were finished before and are kept.", highlight=False)
+    _run_all(waiting, workers, console)
     results, timings = collect(study, task, shared, jobs, settings, prepared)
     _write_rows(jobs, output)
     save_timings(timings, output)
@@ -321,7 +326,7 @@ def collect(study: Study, task: Task, shared: Shared, jobs: Sequence[_Job], sett
         judges=tuple(shared.judges),
         frontier=tuple(shared.frontier) if shared.frontier is not None else None,
         shared_ledger={f"{name}: trained tokens": float(stage.tokens) for name, stage in shared.stages.items()},
-        notes=tuple(shared.notes),
+        notes=(*shared.notes, *study.notes),
     )
     seconds = {name: stage.seconds for name, stage in shared.stages.items() if not stage.cached}
     return results, Timings(tuple(timings), {"preparation": prepared, **seconds})

@@ -117,9 +117,9 @@ def sample_and_measure(
     kls, k1s = [], []
     for part in split_by_tokens(examples, micro_batch_tokens):
         batch = pack(part, roles=flat_roles, dtype=policy.dtype)
-        rows = policy.rows(batch, ["token_logps", "policy_kls"], reference=reference)
+        rows = policy.rows(batch, ["token_logps", "reference_token_logps", "policy_kls"], reference=reference)
         kls.append(rows["policy_kls"].sum(-1).cpu())
-        k1s.append((rows["token_logps"] - reference.token_logps(batch)).sum(-1).cpu())
+        k1s.append((rows["token_logps"] - rows["reference_token_logps"]).sum(-1).cpu())
     scores = None
     if judge is not None:
         decoded = [policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in drawn]

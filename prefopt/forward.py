@@ -41,7 +41,7 @@ def token_quantities(
         targets: [C] token ids.
         head: states -> logits [C, V].
         names: any of `token_logps`, `entropies`, `token_kls` (needs `reference`), `policy_kls` (needs `reference`),
-            `token_log_sum_sq`.
+            `reference_token_logps` (needs `reference`), `token_log_sum_sq`.
         sampling: temperature and nucleus that the log-probs are taken under.
         vocabulary: V, which sets how many tokens make a chunk.
         reference: the reference's states and head, without gradient, for the full-vocabulary KLs: `token_kls` is
@@ -117,6 +117,11 @@ def _log_sum_sq(logps: Tensor, _: Tensor, __: Tensor | None) -> Tensor:
     return (2 * logps).logsumexp(-1)
 
 
+def _reference_logps(_: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+    assert reference is not None
+    return _target_logps(reference, targets, None)
+
+
 def _forward_kl(logps: Tensor, _: Tensor, reference: Tensor | None) -> Tensor:
     assert reference is not None
     return (reference.exp() * (reference - logps)).sum(-1)
@@ -133,6 +138,7 @@ _QUANTITIES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "token_log_sum_sq": _log_sum_sq,
     "token_kls": _forward_kl,
     "policy_kls": _reverse_kl,
+    "reference_token_logps": _reference_logps,
 }
 
 
