@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from prefopt.errors import OutputError
 
 FORMAT_VERSION = 1
+_FILES = ("state.safetensors", "state.json")
 _PREFIX = "checkpoint-"
 Tree = Any
 """Nested dicts (string keys) and lists of tensors, numbers, strings, booleans and None."""
@@ -36,26 +38,34 @@ def save(folder: Path, step: int, tree: Tree, *, keep: int = 2) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_PREFIX}{step}"
-    staged = folder / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
+    unique = uuid.uuid4().hex[:8]
+    staged, replaced = folder / f".tmp-{step}-{unique}", folder / f".tmp-{step}-{unique}-old"
     tensors: dict[str, torch.Tensor] = {}
     plain = _split(tree, "", tensors)
     try:
         staged.mkdir()
         # Clones: safetensors refuses tensors that share memory, and optimizer steps are 0-d views.
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, staged / "state.safetensors")
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, staged / "state.safetensors"
+        )
         (staged / "state.json").write_text(json.dumps(plain))
-        files = {name: _describe(staged / name) for name in ("state.safetensors", "state.json")}
+        files = {name: _describe(staged / name) for name in _FILES}
         (staged / "manifest.json").write_text(json.dumps({"version": FORMAT_VERSION, "step": step, "files": files}))
         for name in (*files, "manifest.json"):
             _fsync(staged / name)
         _fsync(staged)
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, replaced)
         os.replace(staged, target)
         _fsync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
-        raise OutputError(f"could not write {target}: {error}. Earlier checkpoints are intact; free space and resume.") from error
+        if replaced.exists() and not target.exists():
+            os.replace(replaced, target)
+        raise OutputError(
+            f"could not write {target}: {error}. Earlier checkpoints are intact; free space and resume."
+        ) from error
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -94,6 +104,14 @@ def load(path: Path) -> tuple[int, Tree]:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["version"] != FORMAT_VERSION:
+            raise OutputError(
+                f"{path} has format version {manifest['version']}, this prefopt reads {FORMAT_VERSION}: resume with the version "
+                "that wrote it."
+            )
+        unnamed = sorted(set(_FILES) - manifest["files"].keys())
+        if unnamed:
+            raise OutputError(f"{path}/manifest.json has no checksum of {', '.join(unnamed)}.")
         for name, expected in manifest["files"].items():
             if Path(name).name != name:
                 raise OutputError(f"{path}/manifest.json names a file outside its folder: {name!r}.")
@@ -118,7 +136,11 @@ def generator_state() -> Tree:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": {"version": version, "internal": list(internal), "gauss": gauss},
-        "numpy": {"kind": kind, "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)), "rest": [position, has_gauss, cached]},
+        "numpy": {
+            "kind": kind,
+            "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            "rest": [position, has_gauss, cached],
+        },
         "torch": torch.get_rng_state(),
         "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
     }
@@ -146,7 +168,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tree: Tree) -> None:
     """The inverse of `optimizer_state`, for an optimizer over the same parameters in the same order."""
     own = optimizer.state_dict()["param_groups"]
     groups = [{**saved, "params": group["params"]} for saved, group in zip(tree["groups"], own, strict=True)]
-    optimizer.load_state_dict({"state": {int(index): values for index, values in tree["state"].items()}, "param_groups": groups})
+    optimizer.load_state_dict(
+        {"state": {int(index): values for index, values in tree["state"].items()}, "param_groups": groups}
+    )
 
 
 _TENSOR = "__tensor__"
@@ -154,8 +178,10 @@ _TENSOR = "__tensor__"
 
 def _split(tree: Tree, path: str, tensors: dict[str, torch.Tensor]) -> Tree:
     if isinstance(tree, torch.Tensor):
-        tensors[path] = tree
-        return {_TENSOR: path}
+        # The number keeps apart {"a/b": x} and {"a": {"b": y}}.
+        name = f"{len(tensors)}{path}"
+        tensors[name] = tree
+        return {_TENSOR: name}
     if isinstance(tree, Mapping):
         return {str(key): _split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

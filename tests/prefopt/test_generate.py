@@ -10,12 +10,13 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.forward import unpack_bits
 from prefopt.generate import Decoding, Sample, draw, generate
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA
-from scipy.stats import chisquare
-from torch import Tensor
 
 VOCABULARY = 13
 
@@ -219,7 +220,7 @@ def test_nucleus_of_four_tokens(top_p: float, kept: int) -> None:
     temperature=st.floats(0.2, 3.0),
 )
 def test_nucleus_is_the_smallest_set_and_never_empty(seed: int, top_p: float, scale: float, temperature: float) -> None:
-    """It reaches top_p, without its least likely token it would not, and nothing outside is ever drawn; also for ties and peaks."""
+    """It reaches top_p, without its least likely token it would not, nothing outside is drawn; also for ties and peaks."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(6, 17, generator=generator)
     decoding = Decoding(temperature=temperature, top_p=top_p)

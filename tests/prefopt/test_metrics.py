@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from losses.types import Max
 from prefopt.communicator import SingleProcess
 from prefopt.metrics import Meter
-from torch import Tensor
 
 
 def test_means_are_weighted_over_micro_batches() -> None:
