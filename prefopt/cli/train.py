@@ -1,0 +1,220 @@
+"""`prefopt train ALGO`: one cell of a comparison with console progress, and the policy saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import losses
+from losses.registry import suggest_option
+from prefopt import algorithms
+from prefopt.cell import CellResult, run_cell
+from prefopt.cli.flags import (
+    Flag,
+    build_options,
+    check_values,
+    hyper_flags,
+    import_flag,
+    import_paths,
+    make_command,
+    option_flags,
+    parameter_defaults,
+)
+from prefopt.compare import differences, environment
+from prefopt.data.report import DataReport, render, render_plain
+from prefopt.errors import ConfigError, OutputError
+from prefopt.options import Options, default_cache
+from prefopt.report.schema import PER_PROMPT_FILE, Metric
+from prefopt.tasks import build_task
+
+CONFIG_FILE, RESULT_FILE, POLICY_FOLDER = "config.json", "result.json", "policy"
+# A run by hand is worth resuming; a comparison's cells are short and many.
+SAVE_EVERY = 50
+_RUN = "Run"
+
+
+def build(tokens: Sequence[str]) -> App:
+    """`train` with a sub-command for every trainable loss, those of `--import` included.
+
+    Raises:
+        ConfigError: an algorithm that does not exist or cannot be trained alone.
+    """
+    algorithms.import_files(import_paths(tokens))
+    known = algorithms.trainable_names()
+    asked = _asked(tokens)
+    if asked and asked not in known:
+        algorithms.get(asked)  # raises, with a suggestion
+    app = App("train", version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext")
+    for name in known:
+        app.command(_command(algorithms.get(name)), name=name, help=_about(losses.get(name).doc))
+    return app
+
+
+def _asked(tokens: Sequence[str]) -> str:
+    """The word after `train`."""
+    following = tokens[tokens.index("train") + 1 :]
+    return following[0] if following and not following[0].startswith("-") else ""
+
+
+def _about(doc: str) -> str:
+    """A loss's docstring up to its sections, since arguments are flags; a paragraph is one line, which help wraps."""
+    text = doc.partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+def explain_unknown(tokens: Sequence[str], option: str) -> str:
+    """What to do about an option that the algorithm named in `tokens` does not have."""
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    algorithm = algorithms.get(_asked(tokens))
+    hint = suggest_option(name, [flag.name for flag in (*hyper_flags(algorithm), *_run_flags(), *option_flags())])
+    return (
+        f"{algorithm.name} has no option {option.partition('=')[0]}{hint}. `prefopt train {algorithm.name} --help` lists them."
+    )
+
+
+def _run_flags() -> list[Flag]:
+    return [
+        Flag("output_dir", Path | None, None, "Folder of this run (required): metrics, checkpoints, result and policy.", _RUN),
+        Flag("seed", int, 0, "Of the order of rows, adapters, rollouts and the exact world's pairs.", _RUN),
+        Flag("resume", bool, False, "Go on from the newest checkpoint in the folder.", _RUN),
+        Flag("overwrite", bool, False, "Delete the run that the folder holds.", _RUN),
+        import_flag(_RUN),
+    ]
+
+
+def _command(algorithm: algorithms.Algorithm) -> Any:
+    flags = [*hyper_flags(algorithm), *_run_flags(), *option_flags(save_every=SAVE_EVERY)]
+
+    def run(
+        *,
+        output_dir: Path | None = None,
+        seed: int = 0,
+        resume: bool = False,
+        overwrite: bool = False,
+        imports: tuple[str, ...] = (),
+        **values: Any,
+    ) -> None:
+        if output_dir is None:
+            raise ConfigError(f"name the folder of this run: prefopt train {algorithm.name} --output-dir FOLDER.")
+        setting = check_values(algorithm.setting(**{name: values[name] for name in algorithm.flags if name in values}))
+        options = build_options(values, save_every=SAVE_EVERY)
+        train(setting, options, output_dir, seed=seed, resume=resume, overwrite=overwrite, imports=imports, console=Console())
+
+    return make_command(run, flags)
+
+
+def train(
+    setting: algorithms.Setting,
+    options: Options,
+    output: Path,
+    *,
+    seed: int,
+    resume: bool,
+    overwrite: bool,
+    imports: Sequence[str],
+    console: Console,
+) -> None:
+    """Trains, measures and saves one setting in `output`.
+
+    Raises:
+        OutputError: the folder holds another run.
+    """
+    name = setting.algorithm.name
+    config = {"algorithm": name, "hyper": dict(setting.hyper), "seed": seed, "imports": [*imports], **options.as_dict()}
+    claim(output, config, resume=resume, overwrite=overwrite)
+    policy = output / POLICY_FOLDER
+    if (output / RESULT_FILE).exists():
+        console.print(f"already finished; the policy is in {policy}", highlight=False, soft_wrap=True)
+        return
+    cache = default_cache()
+    task = build_task(options, cache, console)
+    report = task.training(seed).report
+    console.print(render(report))
+    _write_data_report(report, output)
+    result = run_cell(task, setting, options, seed, label=name, cache=cache, folder=output, resume=resume, console=console)
+    result.policy.save(policy)
+    _write_result(result, output)
+    console.print(_metrics_table(result, task.metrics))
+    console.print(f"policy: {policy}", highlight=False, soft_wrap=True)
+
+
+def claim(output: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Takes the folder for this run, or goes on with what it holds of it.
+
+    Raises:
+        OutputError: it holds another run, this one without `resume`, or something else; or it cannot be written.
+    """
+    config = json.loads(json.dumps(config))
+    marker = output / CONFIG_FILE
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"--output-dir {output} is a file; name a folder.")
+    try:
+        if output.is_dir() and any(output.iterdir()):
+            held = _held(marker)
+            if resume and held == config:
+                return
+            if resume:
+                names = ", ".join(sorted(differences(held, config)))
+                raise OutputError(f"{output} holds a run with other options ({names}), so --resume cannot go on with it.")
+            if not overwrite:
+                raise OutputError(
+                    f"{output} holds a run already: --resume goes on with it, --overwrite deletes it; or name another folder."
+                )
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        _write_json(marker, config)
+    except OSError as error:
+        raise OutputError(f"--output-dir {output} cannot be written ({error.strerror}); name another folder.") from error
+
+
+def _held(marker: Path) -> Any:
+    """The config of the run in a folder. Raises OutputError when the folder is not one that `train` wrote."""
+    try:
+        held = json.loads(marker.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        held = None
+    if not isinstance(held, dict) or "algorithm" not in held:
+        raise OutputError(f"{marker.parent} is not empty and holds no run of prefopt train; name another --output-dir.")
+    return held
+
+
+def _write_data_report(report: DataReport, output: Path) -> None:
+    (output / "data_report.txt").write_text(render_plain(report), encoding="utf-8")
+    _write_json(output / "data_report.json", report.as_dict())
+
+
+def _write_result(result: CellResult, output: Path) -> None:
+    if result.rows:
+        text = "".join(json.dumps(asdict(row)) + "\n" for row in result.rows)
+        (output / PER_PROMPT_FILE).write_text(text, encoding="utf-8")
+    # Last: it says that the run is finished.
+    timing, cell = asdict(result.timing), asdict(result.cell)
+    _write_json(output / RESULT_FILE, {"cell": cell, "timing": timing, "environment": environment()})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    staged = path.with_suffix(".partial")
+    staged.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(staged, path)
+
+
+def _metrics_table(result: CellResult, metrics: Sequence[Metric]) -> Table:
+    table = Table(title=f"{result.cell.label}, seed {result.cell.seed}", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("what it is")
+    for metric in metrics:
+        if metric.key in result.cell.final:
+            # Text, not str: "E[r]" is no markup.
+            table.add_row(Text(metric.label), Text(format(result.cell.final[metric.key], metric.format)), Text(metric.note))
+    return table
