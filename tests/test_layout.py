@@ -137,7 +137,7 @@ for result in check("my_hinge"):
 def test_the_comparison_of_the_readme_runs(tmp_path: Path) -> None:
     output = run_python(python_blocks("README.md")[1], tmp_path).splitlines()
     cells = [tuple(line.split()[:-3]) for line in output if re.fullmatch(r"[\w.= ]+( -?[\d.e-]+){3}", line)]
-    assert cells == [(*label.split(), seed) for seed in "01" for label in ("dpo", "ipo", "cpl bias=1.0")]
+    assert cells == [(*label.split(), seed) for seed in "01" for label in ("dpo", "cpl bias=1.0")]
     assert (tmp_path / "runs" / "first" / "report.html").stat().st_size > 10_000
 
 
@@ -147,6 +147,13 @@ def test_make_targets_that_the_pages_name_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"test", "bench", "setup", "lint"} <= named
     assert named <= targets, f"no such target: {named - targets}"
+
+
+def test_the_commands_of_the_readme_are_those_of_the_command_line(tmp_path: Path) -> None:
+    code = "import runpy, sys\nsys.argv = ['prefopt', '--help']\nrunpy.run_module('prefopt', run_name='__main__')\n"
+    output = run_python(code, tmp_path)
+    shown = set(re.findall(r"^│ (\w+) {2,}", output, re.MULTILINE))
+    assert shown == set(re.findall(r"^\| `prefopt (\w+)", README, re.MULTILINE))
 
 
 def test_the_results_have_a_place() -> None:
