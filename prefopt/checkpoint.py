@@ -106,8 +106,8 @@ def load(path: Path) -> tuple[int, Tree]:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["version"] != FORMAT_VERSION:
             raise OutputError(
-                f"{path} has format version {manifest['version']}, this prefopt reads {FORMAT_VERSION}: resume with the version "
-                "that wrote it."
+                f"{path} has format version {manifest['version']}, this prefopt reads {FORMAT_VERSION}: resume with the "
+                "version that wrote it."
             )
         unnamed = sorted(set(_FILES) - manifest["files"].keys())
         if unnamed:

@@ -86,8 +86,25 @@ def rollouts(
             f"rollouts: rollout_size and ppo_epochs must be at least 1, temperature positive and top_p in (0, 1]; "
             f"got {rollout_size}, {ppo_epochs}, {temperature}, {top_p}."
         )
+    _check_advantage(workshop)
     decoding = Decoding(max_new_tokens or workshop.max_new_tokens, temperature, top_p)
     return RolloutStream(workshop, decoding, min(rollout_size, len(workshop.examples)), ppo_epochs, kl_coef, missing_eos_penalty)
+
+
+def _check_advantage(workshop: Workshop) -> None:
+    provided = {"old_token_logps", "rewards", "mask", "group_ids"} | ({"old_values"} if "values" in workshop.needs else set())
+    missing = sorted(set(_inputs(workshop.advantage)) - provided)
+    if missing:
+        raise ConfigError(
+            f"rollouts: the advantage function needs {', '.join(missing)}, but no term of the loss trains a value head. Keep the "
+            "value term (vf_coef above 0), or use an advantage function without values."
+        )
+
+
+def _inputs(advantage: Callable[..., Any] | None) -> list[str]:
+    """The tensors that an advantage function names."""
+    parameters = {} if advantage is None else inspect.signature(advantage).parameters
+    return [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 
 @dataclass(frozen=True)
@@ -184,7 +201,7 @@ class RolloutStream:
         scores = shop.scorer([shop.texts[e.id] for e in prompts], texts)
         check_scores(scores, [e.id for e in prompts])
         finished = torch.tensor([sample.finished for sample in samples])
-        scores = scores.to(shop.dtype) - self._penalty * (~finished).to(shop.dtype)
+        scores = scores.to("cpu", shop.dtype) - self._penalty * (~finished).to(shop.dtype)
         # The same prompt may come twice in one buffer: the draw's number makes ids unique.
         examples = [Example(f"{e.id}#{iteration}.{i}", e.prompt_ids, (s.ids,)) for i, (e, s) in enumerate(zip(prompts, samples, strict=True))]
         tensors, mask = self._score_tokens(examples, [s.support for s in samples])
@@ -194,8 +211,7 @@ class RolloutStream:
         rewards[torch.arange(len(examples)), last] += scores
         tensors["rewards"], tensors["mask"], tensors["group_ids"] = rewards, mask, torch.arange(len(examples))
         if shop.advantage is not None:
-            names = [n for n, p in inspect.signature(shop.advantage).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n in tensors]
-            tensors |= shop.advantage(**{name: tensors[name] for name in names})
+            tensors |= shop.advantage(**{name: tensors[name] for name in _inputs(shop.advantage)})
         kept = [name for name in tensors if name in shop.needs and name != "mask" and VOCABULARY[name].shape == ("N", "T")]
         lengths = mask.sum(-1).long().tolist()
         self._buffer = [
