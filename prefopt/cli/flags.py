@@ -91,10 +91,8 @@ def make_command(
         # What is off has no --no- form.
         negative = "" if flag.default is False else None
         parameter = Parameter(help=flag.help, group=groups[flag.group], show_default=_shown(flag.default), negative=negative)
-        annotation = Annotated[flag.annotation, parameter]
-        parameters.append(
-            inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=annotation)
-        )
+        of_flag = inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default)
+        parameters.append(of_flag.replace(annotation=Annotated[flag.annotation, parameter]))
 
     def command(*args: Any, **values: Any) -> int | None:
         return run(*args, **values)

@@ -1,0 +1,284 @@
+"""The command line on good input: help, training, comparing, and what lies on disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import losses
+from prefopt import __version__, algorithms
+from prefopt.cli import INTERRUPTED, main, train
+from prefopt.cli.compare import parse_assignments
+from prefopt.errors import ConfigError
+
+# Small, and large enough for a last step that is not the first.
+TINY = ("--pairs", 64, "--max-steps", 2, "--checkpoints", 1, "--batch-size", 8)
+SMALL_TEXT = (
+    "--max-steps",
+    2,
+    "--checkpoints",
+    1,
+    "--batch-size",
+    4,
+    "--eval-prompts",
+    4,
+    "--eval-pairs",
+    8,
+    "--eval-tokens",
+    4,
+)
+
+
+def test_help_lists_commands_and_examples_and_does_not_wait_for_torch() -> None:
+    program = "import sys; from prefopt.cli import main; main(['--help']); print('torch' in sys.modules, 'yaml' in sys.modules)"
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert time.perf_counter() - begin < 10
+    for word in ("train", "compare", "report", "data", "losses", "laws", "doctor", "prefopt train ipo --help"):
+        assert word in done.stdout
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_bare_prefopt_is_its_help(cli: Any) -> None:
+    assert (cli().out, cli().code) == (cli("--help").out, 0)
+    assert cli("--version").out.strip() == __version__
+
+
+def test_help_of_an_algorithm_begins_with_its_equation_and_its_own_flags(cli: Any) -> None:
+    done = cli("train", "ipo", "--help")
+    assert done.code == 0
+    assert "L = (h - 1/(2 tau))^2" in done.flat
+    assert done.out.index("ipo options") < done.out.index("--tau") < done.out.index(" Run ") < done.out.index(" Data ")
+    assert "strength against the reference" in done.flat.lower()
+    assert done.out.index(" Data ") < done.out.index("--learning-rate")
+    assert "--beta" not in done.out.replace("--adam-beta", "")
+
+
+@pytest.mark.parametrize("name", algorithms.trainable_names())
+def test_every_flag_of_every_algorithm_is_in_its_help(cli: Any, name: str) -> None:
+    done = cli("train", name, "--help")
+    for flag in algorithms.get(name).flags:
+        assert f"--{flag.replace('_', '-')}" in done.out
+    assert cli("train", "--help").flat.count(f" {name} ") >= 1
+
+
+def test_train_leaves_everything_in_its_folder(cli: Any, tmp_path: Path) -> None:
+    """Also: finished runs resume as a no-op, and neither another run nor this one again is started in it."""
+    run = tmp_path / "run"
+    command = ("train", "dpo", "--beta", 0.5, *TINY, "--output-dir", run)
+    done = cli(*command)
+    assert done.code == 0, done.err
+    assert done.last == f"policy: {run / 'policy'}"
+    assert done.out.index("Records: 64 of 64") < done.out.index("step 2/2")
+    config = json.loads((run / "config.json").read_text())
+    assert (config["algorithm"], config["hyper"]["beta"], config["data"]["pairs"]) == ("dpo", 0.5, 64)
+    assert config["logging"]["save_every"] == train.SAVE_EVERY
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert json.loads((run / "data_report.json").read_text())["tokens"]["rows"] == 64
+    assert "Records: 64 of 64" in (run / "data_report.txt").read_text()
+    assert (run / "checkpoint-2").is_dir()
+    result = json.loads((run / "result.json").read_text())
+    assert result["cell"]["status"] == "ok"
+    assert result["cell"]["final"]["kl"] > 0
+    assert AutoModelForCausalLM.from_pretrained(run / "policy").num_parameters() > 0
+
+    written = (run / "result.json").stat().st_mtime_ns
+    again = cli(*command, "--resume")
+    assert (again.code, again.last) == (0, f"already finished; the policy is in {run / 'policy'}")
+    assert (run / "result.json").stat().st_mtime_ns == written
+    refused = cli(*command)
+    assert refused.code == 2
+    assert "--resume goes on with it, --overwrite deletes it" in refused.err
+    other = cli("train", "dpo", *TINY, "--output-dir", run, "--resume")
+    assert other.code == 2
+    assert "other options (hyper.beta)" in other.err
+    assert (run / "result.json").stat().st_mtime_ns == written
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.claim(run, {"algorithm": "dpo"}, resume=False, overwrite=False)
+    (run / "metrics.jsonl").write_text("old")
+    train.claim(run, {"algorithm": "ipo"}, resume=False, overwrite=True)
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").write_text("years")
+    with pytest.raises(train.OutputError, match="holds no run of prefopt train"):
+        train.claim(tmp_path / "own", {"algorithm": "ipo"}, resume=False, overwrite=True)
+    assert (tmp_path / "own" / "thesis.tex").read_text() == "years"
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by ctrl-C after step 2 of 4; the seams of the run do not show."""
+    from prefopt import trainer
+
+    options = ("train", "dpo", "--pairs", 64, "--max-steps", 4, "--checkpoints", 1, "--batch-size", 8, "--save-every", 1)
+    assert cli(*options, "--output-dir", tmp_path / "whole").code == 0
+    update = trainer._Run.update
+
+    def interrupted(self: Any, micro_batches: Any) -> None:
+        if self.step == 2 and self.folder is not None:
+            raise KeyboardInterrupt
+        update(self, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "update", interrupted)
+        stopped = cli(*options, "--output-dir", tmp_path / "parts")
+    assert stopped.code == INTERRUPTED
+    assert "--resume" in stopped.err
+    assert not (tmp_path / "parts" / "policy").exists()
+    resumed = cli(*options, "--output-dir", tmp_path / "parts", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "resumed after step 2" in resumed.out
+    whole, parts = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy") for name in ("whole", "parts"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_text_policy_loads_with_its_tokenizer(
+    cli: Any, tmp_path: Path, tiny_model: Path, jsonl: Callable[..., Path], pairs: list[Any], lora: int
+) -> None:
+    policy = tmp_path / "run" / "policy"
+    done = cli(
+        "train", "dpo", "--data", jsonl(pairs), "--model", tiny_model, *SMALL_TEXT, "--learning-rate", 1e-2, "--lora", lora,
+        "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "Roles" in done.out
+    assert (tmp_path / "run" / "per_prompt.jsonl").exists()
+    assert AutoTokenizer.from_pretrained(policy)("a d").input_ids == [2, 5]
+    ids = torch.tensor([[2, 3, 4]])
+    start = AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits
+    if lora:
+        from peft import PeftModel
+
+        trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), policy)(ids).logits
+    else:
+        trained = AutoModelForCausalLM.from_pretrained(policy)(ids).logits
+    assert not torch.allclose(start, trained, atol=1e-4)
+
+
+def test_compare_ends_with_the_path_of_its_report(cli: Any, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    done = cli("compare", "dpo", "ipo", *TINY, "--seeds", 1, "--workers", 0, "--set", "dpo.beta=0.5", "--output-dir", study)
+    assert done.code == 0, done.err
+    assert done.last == str(study / "report.html")
+    stored = json.loads((study / "results.json").read_text())
+    assert [setting["label"] for setting in stored["settings"]] == ["dpo beta=0.5", "ipo"]
+    assert [cell["status"] for cell in stored["cells"]] == ["ok", "ok"]
+    assert (study / "timings.json").exists()
+
+    (study / "report.html").unlink()
+    rebuilt = cli("report", study)
+    assert (rebuilt.code, rebuilt.out.strip()) == (0, str(study / "report.html"))
+    assert "dpo beta=0.5" in (study / "report.html").read_text()
+
+
+def test_a_dry_run_trains_nothing(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefopt import compare
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run trained")
+
+    monkeypatch.setattr(compare, "run_cell", never)
+    done = cli("compare", "dpo", "cpl", "--seeds", 4, "--dry-run", "--output-dir", tmp_path / "study")
+    assert done.code == 0
+    assert "8 cells" in done.out
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_config_file_stands_in_for_flags_that_are_not_given(cli: Any, tmp_path: Path) -> None:
+    config = tmp_path / "study.yaml"
+    config.write_text("algorithms: [dpo, ipo]\nseeds: 2\nbatch_size: 7\nlearning_rate: 1e-3\nset: [ipo.tau=0.25]\n")
+    done = cli("compare", "--config", config, "--dry-run")
+    assert done.code == 0, done.err
+    assert "4 cells. Batch 7" in done.out
+    assert "ipo tau=0.25" in done.out
+    assert "cpl" not in done.out
+    given = cli("compare", "cpl", "--config", config, "--dry-run", "--batch-size", 5, "--set", "cpl.bias=0.7")
+    assert "2 cells. Batch 5" in given.out
+    assert "cpl bias=0.7" in given.out
+    config.write_text("batch_sizes: 7\n")
+    unknown = cli("compare", "dpo", "--config", config, "--dry-run")
+    assert unknown.code == 2
+    assert "Did you mean --batch-size?" in unknown.err
+
+
+def test_set_values_have_the_types_of_their_flags() -> None:
+    assignments = ["ipo.average-log-prob=false", "ipo.tau=1", "ppo.ppo_epochs=3", "ppo.dual_clip=none"]
+    found = parse_assignments(["ipo", "ppo"], assignments)
+    assert found == {"ipo": {"average_log_prob": False, "tau": 1.0}, "ppo": {"ppo_epochs": 3, "dual_clip": None}}
+    assert isinstance(found["ipo"]["tau"], float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dpo", "expected ALGO.FLAG=VALUE"),
+        ("beta=1", "expected ALGO.FLAG=VALUE"),
+        ("dop.beta=1", "'dop' is not compared (did you mean 'dpo'?)"),
+        ("dpo.bta=1", "did you mean 'beta'?"),
+        ("dpo.epsilon=1", "peers' 'epsilon' is 'label_smoothing' here"),
+        ("dpo.beta=high", 'unable to convert "high" into float'),
+    ],
+)
+def test_a_wrong_set_says_what_is_right(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_assignments(["dpo", "ipo"], [text])
+    assert message in str(caught.value)
+
+
+def test_losses_lists_every_loss_with_equation_stream_and_flags(cli: Any) -> None:
+    done = cli("losses")
+    assert done.code == 0
+    for name in losses.names():
+        assert f" {name} " in done.out
+    assert "1/(2 tau)" in done.flat
+    assert "part of others" in done.flat
+
+
+def test_laws_hold_for_the_shipped_losses(cli: Any) -> None:
+    done = cli("laws", "dpo", "sft", "--seed", 3)
+    assert (done.code, done.last) == (0, "12 laws checked, none broken")
+
+
+def test_doctor_names_versions(cli: Any) -> None:
+    assert torch.__version__ in cli("doctor").out
+
+
+def test_inspect_reports_roles_and_with_a_model_tokens(
+    cli: Any, tiny_model: Path, jsonl: Callable[..., Path], pairs: list[Any]
+) -> None:
+    path = jsonl([*pairs, {**pairs[0], "prompt": "secret words ", "chosen": ""}])
+    done = cli("data", "inspect", path)
+    assert done.code == 0, done.err
+    assert "Roles" in done.out
+    assert "Tokens" not in done.out
+    with_model = cli("data", "inspect", path, "--model", tiny_model)
+    assert "Tokens" in with_model.out
+    assert "Records: 200 of 200" in with_model.flat
+    assert "secret" not in done.out + with_model.out
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ConfigError, match="name the folder"):
+        main(["train", "dpo", "--debug"])
+
+
+def test_errors_that_are_not_the_users_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(train, "train", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "dpo", "--output-dir", "unused"])
