@@ -14,13 +14,14 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from rich.console import Console
+
 from prefopt.compare import Entry, Study, compare
 from prefopt.errors import PrefoptError
 from prefopt.options import DataOptions, EvaluationOptions, ModelOptions, Options, SupervisedOptions, default_cache
 from prefopt.streams import Budget
 from prefopt.tasks import build_task
 from prefopt.trainer import Optimization
-from rich.console import Console
 
 ALGORITHMS = ("dpo", "ipo", "cpl", "ppo_offline", "ppo")
 

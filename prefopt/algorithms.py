@@ -16,7 +16,6 @@ from typing import Any
 import losses
 from losses.registry import BoundLoss, HyperParameter, Loss, RegistrationError, read_options
 from losses.types import VOCABULARY
-
 from prefopt.errors import ConfigError
 from prefopt.rollouts import rollouts
 
@@ -115,7 +114,9 @@ def stream_of(loss: Loss) -> str:
     """
     stream = _stream_or_none(loss)
     if stream is None:
-        raise ConfigError(f"{loss.name!r} cannot be trained alone: no stream provides {', '.join(sorted(loss_tensors(loss)))} together.")
+        raise ConfigError(
+            f"{loss.name!r} cannot be trained alone: no stream provides {', '.join(sorted(loss_tensors(loss)))} together."
+        )
     return stream
 
 

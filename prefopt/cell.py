@@ -71,22 +71,24 @@ def run_cell(
     stream, reward_tokens = build_stream(task, setting, training, policy, reference, known, options.budget, seed)
     evaluate = partial(task.evaluate, policy, reference, known, setting.loss, seed)
     total = stream.total_steps
-    checkpoints = sorted({round(total * (i + 1) / options.evaluation.checkpoints) for i in range(options.evaluation.checkpoints - 1)} - {0, total})
+    checkpoints = sorted(
+        {round(total * (i + 1) / options.evaluation.checkpoints) for i in range(options.evaluation.checkpoints - 1)}
+        - {0, total}
+    )
     result = fit(
-        policy, setting.loss, stream, options.optimization, logging=options.logging, folder=folder, resume=resume, evaluate=lambda: evaluate().metrics,
-        evaluate_at=checkpoints, console=console, title=f"{label} seed {seed}",
+        policy, setting.loss, stream, options.optimization, logging=options.logging, folder=folder, resume=resume,
+        evaluate=lambda: evaluate().metrics, evaluate_at=checkpoints, console=console, title=f"{label} seed {seed}",
     )  # fmt: skip
     policy.train(False)
     measured = evaluate()
     final = dict(measured.metrics)
-    if setting.algorithm.on_policy:
-        final.pop("own_accuracy", None)
     cell = Cell(
         setting.algorithm.name, label, seed, "ok", None, final, _path(result, final), _curve(result),
         _ledger(stream, training, options.budget, result, known, reward_tokens),
     )  # fmt: skip
     timing = CellTiming(
-        label, seed, time.perf_counter() - begin, result.seconds / max(1, result.steps), result.tokens / result.seconds if result.seconds else 0.0,
+        label, seed, time.perf_counter() - begin, result.seconds / max(1, result.steps),
+        result.tokens / result.seconds if result.seconds else 0.0,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )  # fmt: skip
     rows = tuple(PromptRow(label, seed, r.prompt_id, r.judge, r.score, r.kl, r.log_ratio, r.length) for r in measured.rows)
@@ -104,15 +106,19 @@ def build_stream(
     seed: int,
 ) -> tuple[OfflineStream | RolloutStream, int]:
     """The stream that the algorithm derives, and the tokens its reward model was trained on."""
-    budget = Budget(budget.batch_size, budget.micro_batch_size, budget.micro_batch_tokens, budget.epochs, budget.max_steps, seed)
+    budget = Budget(
+        budget.batch_size, budget.micro_batch_size, budget.micro_batch_tokens, budget.epochs, budget.max_steps, seed
+    )
     if not setting.algorithm.on_policy:
         cache = known if setting.needs_reference else None
-        return OfflineStream(training.examples, kind=setting.algorithm.stream, budget=budget, reference=cache, dtype=policy.dtype), 0
+        return OfflineStream(
+            training.examples, kind=setting.algorithm.stream, budget=budget, reference=cache, dtype=policy.dtype
+        ), 0
     scorer, stage = task.scorer(seed)
     advantage = setting.algorithm.loss.advantage
     workshop = Workshop(
-        policy, reference, scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens, setting.loss.needs,
-        partial(advantage, **setting.advantage_options) if advantage is not None else None, policy.dtype,
+        policy, reference, scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens,
+        setting.loss.needs, partial(advantage, **setting.advantage_options) if advantage is not None else None, policy.dtype,
     )  # fmt: skip
     return rollouts(workshop, **setting.stream_options), stage.tokens
 
@@ -144,7 +150,7 @@ def _ledger(
         unique_prompts=len({example.prompt_ids for example in training.examples}) if seen >= rows else seen,
         epochs=seen / rows,
         trained_tokens=result.tokens,
-        reference_tokens=known.computed_tokens + (rolled.reference_tokens if rolled is not None else 0),
+        reference_tokens=known.asked_tokens + (rolled.reference_tokens if rolled is not None else 0),
         generated_tokens=rolled.generated_tokens if rolled is not None else 0,
         reward_model_tokens=reward_tokens,
     )

@@ -28,9 +28,9 @@ from prefopt import __version__, algorithms
 from prefopt.cell import run_cell
 from prefopt.data.report import render
 from prefopt.errors import ConfigError, OutputError, PrefoptError
-from prefopt.options import Options, default_cache, from_dict
+from prefopt.options import Options, default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
-from prefopt.report.schema import PER_PROMPT_FILE, RESULTS_FILE, SCHEMA_VERSION, Cell, CellTiming, Ledger, PromptRow, Results, Setting, Timings
+from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, CellTiming, Ledger, Results, Setting, Timings
 from prefopt.stages import content_key
 from prefopt.tasks import Shared, Task, build_task
 
@@ -123,7 +123,11 @@ def compare(
         console.print(f"{name}: {'from the cache' if stage.cached else f'{stage.seconds:.0f} s'}", highlight=False)
     prepared = time.perf_counter() - begin
     workers = _default_workers(study) if workers is None else workers
-    jobs = [_Job(study, index, seed, output, cache, workers, save_policies) for seed in study.seeds for index in range(len(settings))]
+    jobs = [
+        _Job(study, index, seed, output, cache, workers, save_policies)
+        for seed in study.seeds
+        for index in range(len(settings))
+    ]
     waiting = [job for job in jobs if not job.done]
     if len(waiting) < len(jobs):
         console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells were finished before and are kept.", highlight=False)
@@ -179,7 +183,8 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
             if not overwrite:
                 differing = sorted(differences(held, own))
                 raise OutputError(
-                    f"{output} holds a comparison with other options ({', '.join(differing)}). Name another --output-dir, or pass --overwrite to delete it."
+                    f"{output} holds a comparison with other options ({', '.join(differing)}). Name another --output-dir, or "
+                    "pass --overwrite to delete it."
                 )
             shutil.rmtree(output)
         else:
@@ -235,7 +240,11 @@ def _run_all(jobs: Sequence[_Job], workers: int, console: Console) -> None:
 
     def tell(done: int, job: _Job, error: str | None) -> None:
         state = "done" if error is None else f"failed: {error.splitlines()[0]}"
-        console.print(f"[{done}/{len(jobs)}] {job.entry.label} seed {job.seed} {state} ({time.perf_counter() - started:.0f} s)", highlight=False, markup=False)
+        console.print(
+            f"[{done}/{len(jobs)}] {job.entry.label} seed {job.seed} {state} ({time.perf_counter() - started:.0f} s)",
+            highlight=False,
+            markup=False,
+        )
 
     if workers == 0:
         for done, job in enumerate(jobs, start=1):
@@ -261,7 +270,10 @@ def _run_job(job: _Job) -> str | None:
     (job.folder / "failure.txt").unlink(missing_ok=True)
     try:
         setting = job.study.settings()[job.index]
-        _write_json(job.folder / "config.json", {"label": job.entry.label, "hyper": dict(setting.hyper), "seed": job.seed, **job.study.options.as_dict()})
+        _write_json(
+            job.folder / "config.json",
+            {"label": job.entry.label, "hyper": dict(setting.hyper), "seed": job.seed, **job.study.options.as_dict()},
+        )
         task = build_task(job.study.options, job.cache)
         result = run_cell(
             task, setting, job.study.options, job.seed, label=job.entry.label, cache=job.cache, folder=job.folder,
@@ -294,7 +306,9 @@ def _write_json(path: Path, value: Any) -> None:
     os.replace(staged, path)
 
 
-def collect(study: Study, task: Task, shared: Shared, jobs: Sequence[_Job], settings: Sequence[algorithms.Setting], prepared: float) -> tuple[Results, Timings]:
+def collect(
+    study: Study, task: Task, shared: Shared, jobs: Sequence[_Job], settings: Sequence[algorithms.Setting], prepared: float
+) -> tuple[Results, Timings]:
     """Every cell's results and timings as one comparison."""
     cells, timings = [], []
     for job in jobs:
@@ -341,7 +355,9 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "threads": str(torch.get_num_threads()),
     }
 
@@ -350,6 +366,3 @@ def _write_rows(jobs: Sequence[_Job], output: Path) -> None:
     text = "".join((job.folder / PER_PROMPT_FILE).read_text() for job in jobs if job.done)
     if text:
         (output / PER_PROMPT_FILE).write_text(text)
-
-
-__all__ = ["RESULTS_FILE", "Entry", "PromptRow", "Study", "compare", "describe", "from_dict"]

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from losses.registry import BoundTerm
-from losses.types import VOCABULARY, LossOutput
 from torch import Tensor
 from torch.nn import functional as F
 
+from losses.registry import BoundTerm
+from losses.types import VOCABULARY, LossOutput
 from prefopt.communicator import Communicator
 from prefopt.models.protocol import Batch, Policy
 
@@ -79,7 +79,9 @@ def coupled_objectives(
     coefficients: list[dict[str, Tensor]] = []
     for part in parts:
         size = part[leaves[0]].shape[0]
-        coefficients.append({name: _crop(g[offset : offset + size], part[name]) for name, g in zip(leaves, gradients, strict=True)})
+        coefficients.append(
+            {name: _crop(g[offset : offset + size], part[name]) for name, g in zip(leaves, gradients, strict=True)}
+        )
         offset += size
     return Surrogates([value.detach() for value in values], coefficients)
 

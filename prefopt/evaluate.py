@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from losses.registry import BoundLoss
-from losses.types import VOCABULARY
 from torch import Tensor
 
+from losses.registry import BoundLoss
+from losses.types import VOCABULARY
 from prefopt.communicator import SingleProcess
 from prefopt.data.records import Example, Text
 from prefopt.generate import Decoding, generate
@@ -46,7 +46,9 @@ def measure_pairs(
         from_policy = {name for name in needs if VOCABULARY[name].source == "policy"}
         given = {name: value.to(policy.device) for name, value in batch.tensors(needs - from_policy).items()}
         tensors = {**given, **policy.evaluate(batch, from_policy)}
-        chosen, rejected = (tensors[f"policy_{side}_logps"] - tensors[f"reference_{side}_logps"] for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            tensors[f"policy_{side}_logps"] - tensors[f"reference_{side}_logps"] for side in ("chosen", "rejected")
+        )
         ones = torch.ones_like(chosen)
         # Half a point for a tie, up to the rounding of float32 sums: at the start every margin is zero.
         right = torch.where((chosen - rejected).abs() < 1e-3, 0.5, (chosen > rejected).to(chosen))

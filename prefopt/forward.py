@@ -67,7 +67,9 @@ def token_quantities(
         support = None if sampling.support is None else sampling.support[piece]
         other = None if reference is None else reference[0][piece]
         if recompute:
-            values = checkpoint(chunk, hidden[piece], targets[piece], support, other, use_reentrant=False, preserve_rng_state=False)
+            values = checkpoint(
+                chunk, hidden[piece], targets[piece], support, other, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             values = chunk(hidden[piece], targets[piece], support, other)
         for name, value in zip(names, values, strict=True):

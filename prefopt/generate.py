@@ -81,7 +81,12 @@ def generate(
 
 
 def _decode(
-    policy: CausalLMPolicy, model: torch.nn.Module, prompts: Sequence[Sequence[int]], decoding: Decoding, generator: torch.Generator, eos: Tensor
+    policy: CausalLMPolicy,
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    generator: torch.Generator,
+    eos: Tensor,
 ) -> list[Sample]:
     from transformers import DynamicCache
 

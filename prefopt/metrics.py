@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from losses.types import Max, Metric
 from torch import Tensor
 
+from losses.types import Max, Metric
 from prefopt.communicator import Communicator
 
 

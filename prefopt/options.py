@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
-from prefopt.errors import ConfigError
 from prefopt.streams import Budget
 from prefopt.trainer import Logging, Optimization
 
@@ -121,28 +119,6 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
-
-
-Kind = TypeVar("Kind")
-
-
-def from_dict(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
-    """The inverse of `asdict` for a dataclass of dataclasses.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    hints = get_type_hints(kind)
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise ConfigError(f"{kind.__name__} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-    built = {}
-    for name, value in values.items():
-        if is_dataclass(hints[name]) and isinstance(value, Mapping):
-            value = from_dict(hints[name], value)  # type: ignore[arg-type]
-        built[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**built)
 
 
 def default_cache() -> Path:

@@ -12,15 +12,13 @@ which all branches of the group share.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from prefopt.data.records import Example
-
-ROLE_INFIXES = ("chosen_", "rejected_", "", "group_")
 
 
 @dataclass(frozen=True)
@@ -133,13 +131,19 @@ class PackedBatch:
         """The same batch on another device."""
         move = partial(torch.Tensor.to, device=device, non_blocking=True)
         support = self.sampling.support
-        return PackedBatch(
-            *(move(t) for t in (self.input_ids, self.position_ids)),
-            self.groups,
-            *(move(t) for t in (self.predict, self.targets, self.scatter, self.last, self.mask)),
-            *({k: move(v) for k, v in m.items()} for m in (self.roles, self.rows, self.data)),
-            self.ids,
-            Sampling(self.sampling.temperature, None if support is None else move(support)),
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            predict=move(self.predict),
+            targets=move(self.targets),
+            scatter=move(self.scatter),
+            last=move(self.last),
+            mask=move(self.mask),
+            roles={name: move(index) for name, index in self.roles.items()},
+            rows={name: move(values) for name, values in self.rows.items()},
+            data={name: move(values) for name, values in self.data.items()},
+            sampling=replace(self.sampling, support=None if support is None else move(support)),
         )
 
 

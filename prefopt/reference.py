@@ -28,6 +28,11 @@ class ReferenceCache:
         folder: where entries live between runs; None keeps them in memory.
         micro_batch_tokens: packed tokens of one forward pass.
         on_progress: called with (done, total) examples while entries are computed.
+
+    Attributes:
+        computed_tokens: packed tokens of the forward passes made here.
+        asked_tokens: packed tokens of the different examples asked for, computed here or earlier by others: the cost of a
+            run, which must not depend on what ran before it.
     """
 
     def __init__(
@@ -43,7 +48,10 @@ class ReferenceCache:
         self._on_progress = on_progress
         self._known: dict[bytes, Tensor] = {}
         self._folder = None
+        self._asked: set[tuple[bytes, ...]] = set()
+        # What this object computed depends on what others left on disk; what it was asked for does not.
         self.computed_tokens = 0
+        self.asked_tokens = 0
         if folder is not None:
             dtype = "bf16-autocast" if reference.device.type == "cuda" else str(reference.dtype).removeprefix("torch.")
             self._folder = folder / f"{reference.weights}-{dtype}"
@@ -53,7 +61,7 @@ class ReferenceCache:
         """[length] float32 (or wider) log-probs of every completion, in row order: example 0's completions first."""
         missing = [example for example in examples if any(key not in self._known for key in _keys(example))]
         if missing:
-            self._compute(list({example: None for example in missing}))
+            self._compute(list(dict.fromkeys(missing)))
         return [self._known[key] for example in examples for key in _keys(example)]
 
     def _compute(self, examples: list[Example]) -> None:

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from losses.types import VOCABULARY, Metric
 from torch import Tensor
 
+from losses.types import VOCABULARY, Metric
 from prefopt.data.records import Example, Message, Record, Text
 from prefopt.errors import ConfigError, DataError, TrainingError
 from prefopt.generate import Decoding, generate
@@ -88,7 +88,9 @@ def rollouts(
         )
     _check_advantage(workshop)
     decoding = Decoding(max_new_tokens or workshop.max_new_tokens, temperature, top_p)
-    return RolloutStream(workshop, decoding, min(rollout_size, len(workshop.examples)), ppo_epochs, kl_coef, missing_eos_penalty)
+    return RolloutStream(
+        workshop, decoding, min(rollout_size, len(workshop.examples)), ppo_epochs, kl_coef, missing_eos_penalty
+    )
 
 
 def _check_advantage(workshop: Workshop) -> None:
@@ -96,8 +98,8 @@ def _check_advantage(workshop: Workshop) -> None:
     missing = sorted(set(_inputs(workshop.advantage)) - provided)
     if missing:
         raise ConfigError(
-            f"rollouts: the advantage function needs {', '.join(missing)}, but no term of the loss trains a value head. Keep the "
-            "value term (vf_coef above 0), or use an advantage function without values."
+            f"rollouts: the advantage function needs {', '.join(missing)}, but no term of the loss trains a value head. Keep "
+            "the value term (vf_coef above 0), or use an advantage function without values."
         )
 
 
@@ -120,10 +122,18 @@ class RolloutStream:
     """Steps over fresh rollouts; its state holds the buffer, the position in it and the generator."""
 
     def __init__(
-        self, workshop: Workshop, decoding: Decoding, rollout_size: int, ppo_epochs: int, kl_coef: float, missing_eos_penalty: float
+        self,
+        workshop: Workshop,
+        decoding: Decoding,
+        rollout_size: int,
+        ppo_epochs: int,
+        kl_coef: float,
+        missing_eos_penalty: float,
     ) -> None:
         if not workshop.examples:
-            raise DataError("there is no prompt to sample from: the data set is empty after dropping rows. See the data report.")
+            raise DataError(
+                "there is no prompt to sample from: the data set is empty after dropping rows. See the data report."
+            )
         self._shop = workshop
         self._decoding = decoding
         self._size = rollout_size
@@ -192,9 +202,7 @@ class RolloutStream:
         shop = self._shop
         shop.policy.train(False)
         prompts = [self._prompt(iteration * self._size + offset) for offset in range(self._size)]
-        samples = generate(
-            shop.policy, [e.prompt_ids for e in prompts], self._decoding, self._generator, eos_ids=shop.eos_ids
-        )
+        samples = generate(shop.policy, [e.prompt_ids for e in prompts], self._decoding, self._generator, eos_ids=shop.eos_ids)
         self.sampled += len(samples)
         self.generated_tokens += sum(len(sample.ids) for sample in samples)
         texts = [shop.policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
@@ -203,7 +211,10 @@ class RolloutStream:
         finished = torch.tensor([sample.finished for sample in samples])
         scores = scores.to("cpu", shop.dtype) - self._penalty * (~finished).to(shop.dtype)
         # The same prompt may come twice in one buffer: the draw's number makes ids unique.
-        examples = [Example(f"{e.id}#{iteration}.{i}", e.prompt_ids, (s.ids,)) for i, (e, s) in enumerate(zip(prompts, samples, strict=True))]
+        examples = [
+            Example(f"{e.id}#{iteration}.{i}", e.prompt_ids, (s.ids,))
+            for i, (e, s) in enumerate(zip(prompts, samples, strict=True))
+        ]
         tensors, mask = self._score_tokens(examples, [s.support for s in samples])
         kl = tensors["old_token_logps"] - tensors.pop("reference_token_logps")
         last = mask.sum(-1).long() - 1
@@ -242,7 +253,11 @@ class RolloutStream:
             batch = pack(part, roles=flat_roles, dtype=self._shop.dtype, sampling=sampling)
             self.reference_tokens += batch.tokens
             rows = self._shop.policy.rows(batch, quantities)
-            found = {"old_token_logps": rows["token_logps"], "reference_token_logps": self._shop.reference.token_logps(batch), "mask": batch.mask}
+            found = {
+                "old_token_logps": rows["token_logps"],
+                "reference_token_logps": self._shop.reference.token_logps(batch),
+                "mask": batch.mask,
+            }
             if "values" in rows:
                 found["old_values"] = rows["values"]
             for name, value in found.items():
@@ -284,10 +299,14 @@ class RolloutStream:
 def check_scores(scores: Tensor, ids: Sequence[str]) -> None:
     """Raises TrainingError when a scorer returns the wrong number of scores, or one that is not finite."""
     if scores.shape != (len(ids),):
-        raise TrainingError(f"the scorer returned a tensor of shape {list(scores.shape)} for {len(ids)} completions; expected [{len(ids)}].")
+        raise TrainingError(
+            f"the scorer returned a tensor of shape {list(scores.shape)} for {len(ids)} completions; expected [{len(ids)}]."
+        )
     bad = (~torch.isfinite(scores)).nonzero().squeeze(-1).tolist()
     if bad:
-        raise TrainingError(f"the scorer returned {float(scores[bad[0]])} for the completion of prompt {ids[bad[0]]}; scores must be finite.")
+        raise TrainingError(
+            f"the scorer returned {float(scores[bad[0]])} for the completion of prompt {ids[bad[0]]}; scores must be finite."
+        )
 
 
 class RewardModelScorer:
@@ -302,21 +321,33 @@ class RewardModelScorer:
     """
 
     def __init__(
-        self, policy: CausalLMPolicy, *, max_length: int, max_completion_length: int | None = None, offset: float = 0.0, micro_batch_tokens: int = 8192
+        self,
+        policy: CausalLMPolicy,
+        *,
+        max_length: int,
+        max_completion_length: int | None = None,
+        offset: float = 0.0,
+        micro_batch_tokens: int = 8192,
     ) -> None:
         self.policy = policy
-        self._tokenize = partial(tokenize, tokenizer=policy.tokenizer, max_length=max_length, max_completion_length=max_completion_length)
+        self._tokenize = partial(
+            tokenize, tokenizer=policy.tokenizer, max_length=max_length, max_completion_length=max_completion_length
+        )
         self.offset = offset
         self._budget = micro_batch_tokens
         self.tokens = 0
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[str]) -> Tensor:
         records = [
-            Record(f"sample:{i}", prompt, (as_reply(prompt, completion),)) for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            Record(f"sample:{i}", prompt, (as_reply(prompt, completion),))
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         examples = self._tokenize(records).examples
         if len(examples) != len(records):
-            raise TrainingError(f"the reward model's tokenizer dropped {len(records) - len(examples)} of {len(records)} samples; raise max_length.")
+            raise TrainingError(
+                f"the reward model's tokenizer dropped {len(records) - len(examples)} of {len(records)} samples; "
+                "raise max_length."
+            )
         return self.score(examples)[:, 0]
 
     @torch.no_grad()

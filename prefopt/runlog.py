@@ -55,7 +55,13 @@ class RunLog:
         self._total = total
         self._progress: Progress | None = None
         if console is not None and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._progress = Progress(*columns, console=console, transient=True)
             self._task = self._progress.add_task(title, total=total, completed=start, note="")
 

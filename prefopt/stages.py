@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import losses
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import losses
 from prefopt.data.records import Example, Labels
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA, fingerprint
 from prefopt.rollouts import RewardModelScorer
 from prefopt.streams import Budget, OfflineStream
-from prefopt.trainer import Logging, Optimization, fit
+from prefopt.trainer import Optimization, fit
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def supervised_start(
     """
     if both:
         examples = [
-            replace(e, id=f"{e.id}/{k}", completion_ids=(ids,), labels=Labels()) for e in examples for k, ids in enumerate(e.completion_ids)
+            replace(e, id=f"{e.id}/{k}", completion_ids=(ids,), labels=Labels())
+            for e in examples
+            for k, ids in enumerate(e.completion_ids)
         ]
     key = content_key("sft", fingerprint(model), examples_key(examples), both, asdict(budget), asdict(optimization))
     folder = cache / "sft" / key
@@ -90,7 +92,11 @@ def supervised_start(
     stream = OfflineStream(examples, kind="completions", budget=budget, dtype=policy.dtype)
     result = fit(policy, losses.get("sft").bind(), stream, optimization, console=console, title="SFT of the shared start")
     loss = next((line["loss"] for line in reversed(result.lines) if "loss" in line), float("nan"))
-    return _write_stage(folder, policy.trainable_state(), Stage(key, result.tokens, result.seconds, False, {"loss": loss, "steps": result.steps}))
+    return _write_stage(
+        folder,
+        policy.trainable_state(),
+        Stage(key, result.tokens, result.seconds, False, {"loss": loss, "steps": result.steps}),
+    )
 
 
 def reward_model(
@@ -120,7 +126,13 @@ def reward_model(
         lora: adapters, or None to train the whole backbone.
     """
     key = content_key(
-        "reward", fingerprint(model), examples_key(train), examples_key(held_out), lora and asdict(lora), asdict(budget), asdict(optimization)
+        "reward",
+        fingerprint(model),
+        examples_key(train),
+        examples_key(held_out),
+        lora and asdict(lora),
+        asdict(budget),
+        asdict(optimization),
     )
     folder = cache / "reward" / key
     torch.manual_seed(budget.seed)
@@ -149,7 +161,11 @@ def pair_record(scorer: RewardModelScorer, pairs: Sequence[Example]) -> dict[str
         return {"pairs": 0, "right": [], "margins": []}
     scores = scorer.score(pairs)
     margins = scores[:, 0] - scores[:, 1]
-    return {"pairs": len(pairs), "right": [pair.id for pair, m in zip(pairs, margins, strict=True) if m > 0], "margins": margins.tolist()}
+    return {
+        "pairs": len(pairs),
+        "right": [pair.id for pair, m in zip(pairs, margins, strict=True) if m > 0],
+        "margins": margins.tolist(),
+    }
 
 
 def _read_stage(folder: Path) -> Stage:
@@ -169,6 +185,3 @@ def _write_stage(folder: Path, weights: dict[str, torch.Tensor], stage: Stage) -
         if not (folder / "stage.json").exists():
             raise
     return stage
-
-
-__all__ = ["Logging", "Stage", "content_key", "examples_key", "reward_model", "supervised_start"]

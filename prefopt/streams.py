@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from losses.types import Metric
 from torch import Tensor
 
+from losses.types import Metric
 from prefopt.data.records import Example, Labels
 from prefopt.errors import ConfigError, DataError
 from prefopt.models.protocol import Batch
@@ -118,7 +118,9 @@ class OfflineStream:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if not examples:
-            raise DataError("the data set is empty: no row is left to train on. See the data report for what was dropped and why.")
+            raise DataError(
+                "the data set is empty: no row is left to train on. See the data report for what was dropped and why."
+            )
         self._examples = [_best_alone(example) for example in examples] if kind == "completions" else list(examples)
         self._roles = _ROLES[kind]
         self._budget = budget
@@ -158,10 +160,17 @@ class OfflineStream:
 
     def _labels(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         data: dict[str, Tensor] = {}
-        for field, name in (("soft_label", "soft_labels"), ("margin", "margins"), ("desirable", "desirable"), ("ranks", "ranks")):
+        for field, name in (
+            ("soft_label", "soft_labels"),
+            ("margin", "margins"),
+            ("desirable", "desirable"),
+            ("ranks", "ranks"),
+        ):
             values = _all_or_none(examples, field)
             if values is not None and not (field == "ranks" and self._roles is not group_roles):
-                data[name] = torch.tensor(values) if field in ("desirable", "ranks") else torch.tensor(values, dtype=self._dtype)
+                data[name] = (
+                    torch.tensor(values) if field in ("desirable", "ranks") else torch.tensor(values, dtype=self._dtype)
+                )
         return data
 
     def metrics(self) -> Mapping[str, Metric]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from losses.registry import BoundLoss, BoundTerm
-from losses.types import VOCABULARY, LossOutput
 from rich.console import Console
 from torch import Tensor
 
+from losses.registry import BoundLoss, BoundTerm
+from losses.types import VOCABULARY, LossOutput
 from prefopt import checkpoint
 from prefopt.communicator import Communicator, SingleProcess
 from prefopt.coupled import coupled_objectives
@@ -235,7 +235,9 @@ class _Run:
         totals = {name: self.communicator.sum(total) for name, total in totals.items()}
         for name, total in totals.items():
             if not total > 0:
-                raise TrainingError(f"step {self.step + 1}: the weights of {name!r} sum to {float(total)}; no row of this step counts.")
+                raise TrainingError(
+                    f"step {self.step + 1}: the weights of {name!r} sum to {float(total)}; no row of this step counts."
+                )
         return totals
 
     def _given(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
@@ -265,7 +267,9 @@ class _Run:
             added = self.communicator.sum(torch.stack([total.detach().double(), count.detach().double()])).tolist()
             self.running[name] = (old[0] + added[0], old[1] + added[1])
 
-    def _anchor(self, terms: Sequence[BoundTerm], batch: Batch, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    def _anchor(
+        self, terms: Sequence[BoundTerm], batch: Batch, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> Tensor:
         """The objective with policy := reference (or := the sampling policy on rollouts); NaN where neither is known."""
         swapped = dict(tensors)
         for name in tensors:
@@ -288,18 +292,19 @@ class _Run:
         if math.isfinite(value) and not abs(value - anchor) <= tolerance:
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
-                f"the first loss is {value:.6g}, but with policy = reference it is {anchor:.6g} (tolerance {tolerance:.1g}). Before the "
-                "first update the two must agree. Likely causes: the reference log-probs belong to other weights or another "
-                "tokenisation, dropout is active, the adapter does not start at zero, or policy and reference differ in precision. "
+                f"the first loss is {value:.6g}, but with policy = reference it is {anchor:.6g} (tolerance {tolerance:.1g}). "
+                "Before the first update the two must agree. Likely causes: the reference log-probs belong to other weights or "
+                "another tokenisation, dropout is active, the adapter does not start at zero, or policy and reference differ "
+                "in precision. "
                 f"Rows: {_some_ids(micro_batches)}."
             )
 
     def _refuse(self, micro_batches: Sequence[Batch], total: Tensor, norm: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         raise TrainingError(
-            f"step {self.step + 1}: the {'loss' if not torch.isfinite(total) else 'gradient'} is not finite (loss {float(total):.6g}, "
-            f"gradient norm {float(norm):.6g}); no update was made. Rows: {_some_ids(micro_batches)}. Lower the learning rate, or look "
-            "at these rows."
+            f"step {self.step + 1}: the {'loss' if not torch.isfinite(total) else 'gradient'} is not finite "
+            f"(loss {float(total):.6g}, gradient norm {float(norm):.6g}); no update was made. "
+            f"Rows: {_some_ids(micro_batches)}. Lower the learning rate, or look at these rows."
         )
 
     def after_update(self, log: RunLog) -> None:
@@ -352,7 +357,9 @@ class _Run:
         step, tree = found
         own = {"name": self.loss.name, "hyper": {name: repr(value) for name, value in self.loss.hyper.items()}}
         if tree["loss"] != own:
-            raise ConfigError(f"the checkpoint in {self.folder} was written by {tree['loss']}, this run is {own}; use another folder.")
+            raise ConfigError(
+                f"the checkpoint in {self.folder} was written by {tree['loss']}, this run is {own}; use another folder."
+            )
         self.policy.load_trainable_state(tree["policy"])
         checkpoint.load_optimizer_state(self.optimizer, tree["optimizer"])
         self.stream.load_state_dict(tree["stream"])

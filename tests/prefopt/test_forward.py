@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
+
 from prefopt.data.records import Example
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA
 from prefopt.packing import flat_roles, pack, pair_roles
-from torch.nn import functional as F
 
 VOCABULARY = 61
 
@@ -51,7 +52,9 @@ def random_examples(count: int, branches: int, seed: int = 0, longest: int = 40)
     return [Example(f"row:{i}", ids(1, longest), tuple(ids(1, longest // 2) for _ in range(branches))) for i in range(count)]
 
 
-def padded_token_logps(model: transformers.PreTrainedModel, examples: list[Example], temperature: float = 1.0) -> list[torch.Tensor]:
+def padded_token_logps(
+    model: transformers.PreTrainedModel, examples: list[Example], temperature: float = 1.0
+) -> list[torch.Tensor]:
     """The reference: every prompt + completion a right-padded row of its own, all logits in full."""
     rows = [(e.prompt_ids, c) for e in examples for c in e.completion_ids]
     width = max(len(p) + len(c) for p, c in rows)
@@ -86,14 +89,18 @@ def test_packed_equals_padded(name: str, branches: int) -> None:
     (got * weights[:, : got.shape[1]]).sum().backward()
     for key, parameter in model.named_parameters():
         if key in gradients:
-            torch.testing.assert_close(parameter.grad, gradients[key], atol=1e-4, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(
+                parameter.grad, gradients[key], atol=1e-4, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+            )
 
 
 def test_packed_equals_padded_exactly_in_float64() -> None:
     examples = random_examples(9, 2, seed=3, longest=100)
     model = build_model("llama", torch.float64)
     expected = padded_token_logps(model, examples)
-    got = CausalLMPolicy(model, tokenizer=None).evaluate(pack(examples, roles=flat_roles), {"policy_token_logps"})["policy_token_logps"]
+    got = CausalLMPolicy(model, tokenizer=None).evaluate(pack(examples, roles=flat_roles), {"policy_token_logps"})[
+        "policy_token_logps"
+    ]
     for row, value in enumerate(expected):
         torch.testing.assert_close(got[row, : len(value)], value, atol=1e-11, rtol=0)
 

@@ -121,8 +121,10 @@ def test_entries_survive_on_disk(tmp_path: Path) -> None:
     second = ReferenceCache(reference, tmp_path)
     for one, other in zip(rows, second.rows(examples), strict=True):
         assert torch.equal(one, other)
+    second.rows(examples[:3])
     assert reference.asked == []
     assert second.computed_tokens == 0
+    assert second.asked_tokens == first.asked_tokens == first.computed_tokens
 
 
 def test_other_weights_or_dtype_are_other_entries(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import losses
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
+import losses
 from losses.types import LossOutput
 from prefopt import algorithms
 from prefopt.data.records import Example
@@ -27,7 +29,6 @@ from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprin
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream
 from prefopt.trainer import Logging, Optimization, fit
-from torch import Tensor
 
 VOCABULARY = 29
 
@@ -35,7 +36,12 @@ VOCABULARY = 29
 def tiny_policy(dtype: torch.dtype = torch.float32, heads: tuple[str, ...] = (), seed: int = 0) -> CausalLMPolicy:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     for parameter in model.parameters():
@@ -60,7 +66,14 @@ def pairs(count: int, seed: int = 0) -> list[Example]:
 
 
 def offline_run(
-    name: str, *, micro: int = 0, dtype: torch.dtype = torch.float32, batch: int = 8, steps: int = 5, clip: float = 1.0, **hyper: Any
+    name: str,
+    *,
+    micro: int = 0,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 8,
+    steps: int = 5,
+    clip: float = 1.0,
+    **hyper: Any,
 ) -> tuple[CausalLMPolicy, Any]:
     setting = algorithms.get(name).setting(**hyper)
     policy = tiny_policy(dtype, heads=head_names(setting.loss.needs))
@@ -88,6 +101,14 @@ def test_accumulation_does_not_change_the_update(name: str) -> None:
             assert first == pytest.approx(second, rel=1e-8, abs=1e-10)
 
 
+def record_gradients(policy: CausalLMPolicy) -> dict[str, Tensor]:
+    """Fills itself with each parameter's gradient as the last micro-batch leaves it."""
+    grads: dict[str, Tensor] = {}
+    for key, parameter in policy.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, key=key: grads.__setitem__(key, p.grad.clone()))
+    return grads
+
+
 @pytest.mark.parametrize("name", ["dpo", "ipo", "ppo_offline"])
 def test_accumulation_gradient_in_float32(name: str) -> None:
     """float32: one step's gradient (read off a momentum-free first update's state) agrees to 1e-5 relative."""
@@ -99,9 +120,7 @@ def test_accumulation_gradient_in_float32(name: str) -> None:
             pairs(24), kind="pairs", budget=Budget(batch_size=8, micro_batch_size=micro, max_steps=1),
             reference=tiny_reference(),
         )  # fmt: skip
-        grads: dict[str, Tensor] = {}
-        for key, parameter in policy.named_parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p, key=key: grads.__setitem__(key, p.grad.clone()))
+        grads = record_gradients(policy)
         fit(policy, setting.loss, stream, Optimization(clip_norm=0))
         moments.append(torch.cat([grad.flatten() for _, grad in sorted(grads.items())]))
     for other in moments[1:]:
@@ -145,14 +164,18 @@ def test_a_non_finite_gradient_stops_before_the_update() -> None:
 
 
 @losses.register("trainer_test_rank", coupled=True)
-def trainer_test_rank_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_lengths: Tensor, *, slope: float = 0.3) -> LossOutput:
+def trainer_test_rank_loss(
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_lengths: Tensor, *, slope: float = 0.3
+) -> LossOutput:
     """Every pair's margin against the batch's mean margin: rows interact.
 
     Args:
         slope: of the hinge.
     """
     margin = slope * (policy_chosen_logps - policy_rejected_logps)
-    return LossOutput(torch.nn.functional.softplus(margin.mean() - margin) - margin, chosen_lengths.to(margin) / chosen_lengths.to(margin))
+    return LossOutput(
+        torch.nn.functional.softplus(margin.mean() - margin) - margin, chosen_lengths.to(margin) / chosen_lengths.to(margin)
+    )
 
 
 @losses.register("trainer_test_shift")
@@ -257,7 +280,9 @@ class ControlStream:
 def test_a_control_policy_trains_through_the_same_fit() -> None:
     """CPL on segments of states and actions: no loss or trainer line knows the difference."""
     policy = ControlPolicy()
-    result = fit(policy, losses.get("cpl").bind(), ControlStream(), Optimization(learning_rate=3e-2), logging=Logging(log_every=1))
+    result = fit(
+        policy, losses.get("cpl").bind(), ControlStream(), Optimization(learning_rate=3e-2), logging=Logging(log_every=1)
+    )
     assert result.lines[-1]["loss"] < 0.8 * result.lines[0]["loss"]
     assert policy.net(torch.zeros(1, 3)).argmax().item() == 2
 
@@ -280,7 +305,8 @@ RESUMABLE = """
                 time.sleep({pause})
                 yield step
     stream = Slow(t.pairs(24), kind="pairs", budget=Budget(batch_size=4, max_steps=20, epochs=10), reference=t.tiny_reference())
-    fit(policy, setting.loss, stream, Optimization(learning_rate=1e-2), logging=Logging(log_every=3, save_every=2), folder=Path({folder!r}), resume=True)
+    logging = Logging(log_every=3, save_every=2)
+    fit(policy, setting.loss, stream, Optimization(learning_rate=1e-2), logging=logging, folder=Path({folder!r}), resume=True)
 """
 
 
@@ -314,7 +340,15 @@ def test_kill_9_and_resume_equals_the_uninterrupted_run(name: str, tmp_path: Pat
 def test_metrics_are_valid_json_lines(tmp_path: Path) -> None:
     setting = algorithms.get("sft").setting()
     stream = OfflineStream(pairs(8), kind="completions", budget=Budget(batch_size=4))
-    fit(tiny_policy(), setting.loss, stream, logging=Logging(log_every=1), folder=tmp_path, evaluate=lambda: {"x": 1.0}, evaluate_at=(0, 2))
+    fit(
+        tiny_policy(),
+        setting.loss,
+        stream,
+        logging=Logging(log_every=1),
+        folder=tmp_path,
+        evaluate=lambda: {"x": 1.0},
+        evaluate_at=(0, 2),
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
     assert "eval/x" in lines[0]
