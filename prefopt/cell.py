@@ -18,6 +18,7 @@ from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Cell, CellTiming, Ledger, PromptRow
 from prefopt.rollouts import RolloutStream, Workshop, rollouts
+from prefopt.runlog import counter
 from prefopt.streams import Budget, OfflineStream
 from prefopt.tasks import Task, Training
 from prefopt.trainer import FitResult, fit
@@ -67,7 +68,10 @@ def run_cell(
     model, tokenizer = task.start()
     lora = LoRA(r=options.model.lora, alpha=2 * options.model.lora) if options.model.lora else None
     policy, reference = build_policy(model, tokenizer, lora=lora, heads=head_names(setting.loss.needs))
-    known = ReferenceCache(reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens)
+    known = ReferenceCache(
+        reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens,
+        on_progress=counter(console, "reference log-probs"),
+    )  # fmt: skip
     stream, reward_tokens = build_stream(task, setting, training, policy, reference, known, options.budget, seed)
     evaluate = partial(task.evaluate, policy, reference, known, setting.loss, seed)
     total = stream.total_steps

@@ -274,7 +274,7 @@ def _run_job(job: _Job) -> str | None:
             job.folder / "config.json",
             {"label": job.entry.label, "hyper": dict(setting.hyper), "seed": job.seed, **job.study.options.as_dict()},
         )
-        task = build_task(job.study.options, job.cache)
+        task = build_task(job.study.options, job.cache, console)
         result = run_cell(
             task, setting, job.study.options, job.seed, label=job.entry.label, cache=job.cache, folder=job.folder,
             resume=bool(job.study.options.logging.save_every), console=console,

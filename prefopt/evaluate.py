@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,13 +108,16 @@ def sample_and_measure(
     seed: int,
     judge: Scorer | None,
     micro_batch_tokens: int,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Samples:
     """Samples whole completions at temperature 1 without top-p up to a limit, and measures their KL exactly per token.
 
     The sum of per-token KLs over the vocabulary has the expectation of k1 with less variance; both are reported.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = generate(policy, [p.prompt_ids for p in prompts], Decoding(max_new_tokens), generator, eos_ids=eos_ids)
+    drawn = generate(
+        policy, [p.prompt_ids for p in prompts], Decoding(max_new_tokens), generator, eos_ids=eos_ids, on_progress=on_progress
+    )
     examples = [Example(p.id, p.prompt_ids, (s.ids,)) for p, s in zip(prompts, drawn, strict=True)]
     kls, k1s = [], []
     for part in split_by_tokens(examples, micro_batch_tokens):

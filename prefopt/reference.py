@@ -59,10 +59,15 @@ class ReferenceCache:
 
     def rows(self, examples: Sequence[Example]) -> list[Tensor]:
         """[length] float32 (or wider) log-probs of every completion, in row order: example 0's completions first."""
-        missing = [example for example in examples if any(key not in self._known for key in _keys(example))]
+        keys = [tuple(_keys(example)) for example in examples]
+        missing = [example for example, own in zip(examples, keys, strict=True) if any(key not in self._known for key in own)]
         if missing:
             self._compute(list(dict.fromkeys(missing)))
-        return [self._known[key] for example in examples for key in _keys(example)]
+        for example, own in zip(examples, keys, strict=True):
+            if own not in self._asked:
+                self._asked.add(own)
+                self.asked_tokens += example.tokens
+        return [self._known[key] for own in keys for key in own]
 
     def _compute(self, examples: list[Example]) -> None:
         done = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,38 @@ class RunLog:
             self._progress.update(self._task, note=note)
         elif self._console is not None:
             self._console.print(f"{self._title}: step {line['step']}/{self._total}  {note}", highlight=False, soft_wrap=True)
+
+
+def counter(console: Console | None, title: str) -> Callable[[int, int], None] | None:
+    """A callback (done, total) for long passes: a bar on a terminal, a line at every quarter elsewhere."""
+    if console is None:
+        return None
+    bars: list[Progress] = []
+    quarters: set[int] = set()
+
+    def show(done: int, total: int) -> None:
+        if console.is_terminal:
+            if not bars:
+                bars.append(
+                    Progress(
+                        TextColumn(title),
+                        BarColumn(),
+                        MofNCompleteColumn(),
+                        TimeRemainingColumn(),
+                        console=console,
+                        transient=True,
+                    )
+                )
+                bars[0].add_task(title, total=total)
+                bars[0].start()
+            bars[0].update(bars[0].task_ids[0], completed=done)
+            if done >= total:
+                bars.pop().stop()
+        elif (quarter := 4 * done // total) not in quarters:
+            quarters.add(quarter)
+            console.print(f"{title}: {done}/{total}", highlight=False, soft_wrap=True)
+
+    return show
 
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "score", "eval/reward", "eval/kl")

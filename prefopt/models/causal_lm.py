@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,6 +322,8 @@ def _add_lora(model: Any, lora: LoRA) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError("LoRA needs the 'peft' extra: pip install -e '.[peft]'; or train all weights (no --lora).") from error
+    # peft asks for a property that transformers has renamed; nothing is wrong, and nobody can act on the warning.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -25,6 +25,7 @@ from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Baseline, Judge, Metric, PromptRow
 from prefopt.rollouts import RewardModelScorer, Scorer
+from prefopt.runlog import counter
 from prefopt.stages import Stage, reward_model, supervised_start
 from prefopt.streams import Budget
 from prefopt.tasks.protocol import Measured, Shared, Training
@@ -164,6 +165,7 @@ class TextTask:
         samples = sample_and_measure(
             policy, reference, prompts, texts, max_new_tokens=self._options.evaluation.eval_tokens, eos_ids=self.eos_ids,
             seed=_SAMPLING_SEED + seed, judge=self._judge[0], micro_batch_tokens=budget,
+            on_progress=counter(self._console, "sampling for evaluation"),
         )  # fmt: skip
         scores = samples.scores.tolist() if samples.scores is not None else [float("nan")] * len(prompts)
         columns = (samples.ids, scores, samples.kl.tolist(), samples.k1.tolist(), samples.lengths.tolist())
@@ -172,7 +174,10 @@ class TextTask:
 
     def shared(self, *, on_policy: bool) -> Shared:
         policy, reference = build_policy(*self.start())
-        cache = ReferenceCache(reference, self._cache / "reference", micro_batch_tokens=self._options.budget.micro_batch_tokens)
+        cache = ReferenceCache(
+            reference, self._cache / "reference", micro_batch_tokens=self._options.budget.micro_batch_tokens,
+            on_progress=counter(self._console, "reference log-probs"),
+        )  # fmt: skip
         measured = self.evaluate(policy, reference, cache, None, 0)
         stages = {"judge": self._judge[1]}
         if self._start[1] is not None:

@@ -164,8 +164,9 @@ def test_two_processes_that_finish_the_same_stage(tmp_path: Path, monkeypatch: p
 
 def rewards(cache: Path, model: Any = None, **changes: Any) -> tuple[RewardModelScorer, Stage]:
     given: dict[str, Any] = {
-        "train": preferring_a(64), "held_out": preferring_a(40, seed=7), "lora": None,
-        "budget": Budget(batch_size=16, epochs=5), "optimization": Optimization(learning_rate=1e-2), "max_length": 16, "max_completion_length": 8, **changes,
+        "train": preferring_a(64), "held_out": preferring_a(40, seed=7), "lora": None, "max_length": 16,
+        "budget": Budget(batch_size=16, epochs=5), "optimization": Optimization(learning_rate=1e-2),
+        "max_completion_length": 8, **changes,
     }  # fmt: skip
     return reward_model(
         model or build_model(), WORLD.tokenizer, given.pop("train"), given.pop("held_out"), cache=cache, **given
