@@ -35,12 +35,12 @@ def exact_study(notes: tuple[str, ...] = ()) -> Study:
         supervised=SupervisedOptions(reward_epochs=2, reward_learning_rate=1e-3, reward_batch_size=64),
         evaluation=EvaluationOptions(checkpoints=8),
     )
-    entries = [Entry(name, {"rollout_size": 256, "kl_coef": 0.1} if name == "ppo" else {}) for name in ALGORITHMS]
+    entries = [Entry(name, {"rollout_size": 256, "kl_coef": 0.1} if name == "ppo" else {}, name) for name in ALGORITHMS]
     return Study(entries, (0, 1, 2), options, title="The exactly solvable world", preset="exact", notes=notes)
 
 
 def hh_study(data: str, model: str) -> Study:
-    """The quick preset: 1 seed, LoRA, 192 policy pairs, 2 batches of 64 short rollouts. A smoke run, not a result."""
+    """The quick preset: 1 seed, LoRA, 192 policy pairs, 3 batches of 64 short rollouts. A smoke run, not a result."""
     options = Options(
         data=DataOptions(data=(data,), max_length=256, max_completion_length=64, max_pairs=192, judge_pairs=160),
         model=ModelOptions(model=model, lora=16),
@@ -50,7 +50,8 @@ def hh_study(data: str, model: str) -> Study:
         evaluation=EvaluationOptions(checkpoints=1, eval_pairs=96, eval_prompts=48, eval_tokens=32),
     )
     entries = [
-        Entry(name, {"rollout_size": 64, "ppo_epochs": 1, "max_new_tokens": 32} if name == "ppo" else {}) for name in ALGORITHMS
+        Entry(name, {"rollout_size": 64, "ppo_epochs": 1, "max_new_tokens": 32} if name == "ppo" else {}, name)
+        for name in ALGORITHMS
     ]
     return Study(entries, (0,), options, title="Anthropic HH", preset="quick")
 

@@ -32,22 +32,23 @@ from prefopt.options import Options, default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
 from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, CellTiming, Ledger, Results, Setting, Timings
 from prefopt.stages import content_key
-from prefopt.tasks import Shared, Task, build_task
+from prefopt.tasks import Shared, Task, build_task, use_threads
 
 STUDY_FILE = "study.json"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One algorithm of a comparison with the hyper-parameters that differ from its defaults."""
+    """One algorithm of a comparison with the hyper-parameters that differ from its defaults, and a name if it needs one."""
 
     algorithm: str
     hyper: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def label(self) -> str:
-        """The algorithm's name, with the values that were set."""
-        return self.algorithm + "".join(f" {name}={value}" for name, value in self.hyper.items())
+        """Its name in the report: as given, or the algorithm's with the values that were set."""
+        return self.name or self.algorithm + "".join(f" {name}={value}" for name, value in self.hyper.items())
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def compare(
     cache = cache or default_cache()
     prepare_folder(output, study, overwrite)
     begin = time.perf_counter()
+    use_threads(study.options, 1)
     task = build_task(study.options, cache, console)
     training = task.training(study.seeds[0])
     console.print(render(training.report))
@@ -222,7 +224,7 @@ class _Job:
     @property
     def folder(self) -> Path:
         # The hash keeps settings of one algorithm apart whatever characters their values have.
-        return self.output / "cells" / f"{self.entry.algorithm}-{content_key(dict(self.entry.hyper))[:6]}-seed{self.seed}"
+        return self.output / "cells" / f"{self.entry.algorithm}-{content_key(dict(self.entry.hyper), self.entry.name)[:6]}-seed{self.seed}"
 
     @property
     def done(self) -> bool:
@@ -263,8 +265,7 @@ def _run_all(jobs: Sequence[_Job], workers: int, console: Console) -> None:
 
 def _run_job(job: _Job) -> str | None:
     """Runs a cell in this process and writes its folder; the error's text when it failed."""
-    if job.workers > 1:
-        torch.set_num_threads(1)
+    use_threads(job.study.options, job.workers)
     console = Console() if job.workers == 1 else None
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "failure.txt").unlink(missing_ok=True)

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from prefopt.options import Options
 from prefopt.tasks.protocol import Measured, Shared, Task, Training
 
-__all__ = ["Measured", "Shared", "Task", "Training", "build_task"]
+__all__ = ["Measured", "Shared", "Task", "Training", "build_task", "use_threads"]
+
+
+def use_threads(options: Options, workers: int) -> None:
+    """One thread where threads only get in each other's way: a tiny model, or processes side by side."""
+    if options.data.exact or workers > 1:
+        torch.set_num_threads(1)
 
 
 def build_task(options: Options, cache: Path, console: Console | None = None) -> Task:

@@ -34,7 +34,8 @@ START_BUDGET = Budget(batch_size=256, epochs=4.0, micro_batch_tokens=1 << 20)
 START_OPTIMIZATION = Optimization(learning_rate=3e-3, schedule="cosine", warmup=0.05)
 # One fixed price of KL for the regret column, since each loss's own strength means something else.
 REGRET_BETA = 0.5
-FRONTIER_BETAS = tuple(float(b) for b in torch.logspace(-1.7, 1.7, 60, base=10.0))
+# Two digits, so that a figure can name them.
+FRONTIER_BETAS = tuple(float(f"{b:.2g}") for b in torch.logspace(-1.7, 1.7, 60, base=10.0).tolist())
 
 
 class ExactTask:
