@@ -224,7 +224,8 @@ class _Job:
     @property
     def folder(self) -> Path:
         # The hash keeps settings of one algorithm apart whatever characters their values have.
-        return self.output / "cells" / f"{self.entry.algorithm}-{content_key(dict(self.entry.hyper), self.entry.name)[:6]}-seed{self.seed}"
+        key = content_key(dict(self.entry.hyper), self.entry.name)[:6]
+        return self.output / "cells" / f"{self.entry.algorithm}-{key}-seed{self.seed}"
 
     @property
     def done(self) -> bool:

@@ -15,7 +15,11 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--import", action="append", default=[], metavar="FILE", help="a Python file that registers losses (repeatable)"
+        "--import",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file that registers losses (repeatable); --import=FILE where no path of tests is given",
     )
 
 
@@ -57,11 +61,15 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shared_cache: Path) -> Run:
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shared_cache: Path) -> Iterator[Run]:
     """Runs a command line in this process."""
+    import torch
+
     from prefopt.cli import main
     from prefopt.tasks import exact
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small are slower on several
     monkeypatch.setenv("PREFOPT_CACHE", str(shared_cache))
     monkeypatch.setenv("COLUMNS", "120")
     # Any reference will do for tests of the command line; a hundred times less of its training.
@@ -73,7 +81,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sha
         code = main([str(argument) for argument in arguments])
         return Done(code, *capsys.readouterr())
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

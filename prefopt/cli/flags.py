@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
 import torch
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CoercionError, CycloptsError, Group, Parameter, Token
 
 from losses.registry import argument_help, suggest_option
 from losses.sampling import sample_tensors
@@ -90,7 +90,13 @@ def make_command(
     for flag in flags:
         # What is off has no --no- form.
         negative = "" if flag.default is False else None
-        parameter = Parameter(help=flag.help, group=groups[flag.group], show_default=_shown(flag.default), negative=negative)
+        parameter = Parameter(
+            help=flag.help,
+            group=groups[flag.group],
+            show_default=_shown(flag.default),
+            negative=negative,
+            converter=_whole_number if flag.annotation in (int, int | None) else None,
+        )
         of_flag = inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default)
         parameters.append(of_flag.replace(annotation=Annotated[flag.annotation, parameter]))
 
@@ -100,6 +106,17 @@ def make_command(
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _whole_number(annotation: Any, tokens: Sequence[Token]) -> int | None:
+    """cyclopts would silently cut 2.5 to 2."""
+    text = tokens[0].value
+    if annotation is not int and text.lower() in ("none", "null"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise CoercionError(msg=f"{tokens[0].keyword or tokens[0].source} is {text!r}; expected a whole number.") from None
 
 
 def _shown(default: Any) -> Any:
