@@ -34,7 +34,7 @@ from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, CellTim
 from prefopt.stages import content_key
 from prefopt.tasks import Shared, Task, build_task, use_threads
 
-STUDY_FILE = "study.json"
+STUDY_FILE, CELLS_FOLDER = "study.json", "cells"
 
 
 @dataclass(frozen=True)
@@ -182,13 +182,15 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
             held = json.loads(marker.read_text())
             if held == own:
                 return
-            if not overwrite:
-                differing = sorted(differences(held, own))
-                raise OutputError(
-                    f"{output} holds a comparison with other options ({', '.join(differing)}). Name another --output-dir, or "
-                    "pass --overwrite to delete it."
-                )
-            shutil.rmtree(output)
+            # A comparison that stopped before its first cell, as on bad data, left nothing worth keeping.
+            if (output / CELLS_FOLDER).exists():
+                if not overwrite:
+                    differing = sorted(differences(held, own))
+                    raise OutputError(
+                        f"{output} holds a comparison with other options ({', '.join(differing)}). Name another --output-dir, "
+                        "or pass --overwrite to delete it."
+                    )
+                shutil.rmtree(output)
         else:
             raise OutputError(f"{output} is not empty and holds no comparison of prefopt; name another --output-dir.")
     output.mkdir(parents=True, exist_ok=True)
@@ -225,7 +227,7 @@ class _Job:
     def folder(self) -> Path:
         # The hash keeps settings of one algorithm apart whatever characters their values have.
         key = content_key(dict(self.entry.hyper), self.entry.name)[:6]
-        return self.output / "cells" / f"{self.entry.algorithm}-{key}-seed{self.seed}"
+        return self.output / CELLS_FOLDER / f"{self.entry.algorithm}-{key}-seed{self.seed}"
 
     @property
     def done(self) -> bool:

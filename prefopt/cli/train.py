@@ -35,6 +35,7 @@ from prefopt.data.report import DataReport, render, render_plain
 from prefopt.errors import ConfigError, OutputError
 from prefopt.options import Options, default_cache
 from prefopt.report.schema import PER_PROMPT_FILE, Metric
+from prefopt.runlog import FILE as METRICS_FILE
 from prefopt.tasks import build_task, use_threads
 
 CONFIG_FILE, RESULT_FILE, POLICY_FOLDER = "config.json", "result.json", "policy"
@@ -164,18 +165,24 @@ def claim(output: Path, config: Mapping[str, Any], *, resume: bool, overwrite: b
             held = _held(marker)
             if resume and held == config:
                 return
-            if resume:
-                names = ", ".join(sorted(differences(held, config)))
-                raise OutputError(f"{output} holds a run with other options ({names}), so --resume cannot go on with it.")
-            if not overwrite:
-                raise OutputError(
-                    f"{output} holds a run already: --resume goes on with it, --overwrite deletes it; or name another folder."
-                )
-            shutil.rmtree(output)
+            # A run that stopped before its first step, as on bad data, left nothing worth keeping.
+            if (output / METRICS_FILE).exists():
+                _refuse_unless_told(output, differences(held, config), resume, overwrite)
+                shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         _write_json(marker, config)
     except OSError as error:
         raise OutputError(f"--output-dir {output} cannot be written ({error.strerror}); name another folder.") from error
+
+
+def _refuse_unless_told(output: Path, differing: set[str], resume: bool, overwrite: bool) -> None:
+    if resume:
+        names = ", ".join(sorted(differing))
+        raise OutputError(f"{output} holds a run with other options ({names}), so --resume cannot go on with it.")
+    if not overwrite:
+        raise OutputError(
+            f"{output} holds a run already: --resume goes on with it, --overwrite deletes it; or name another folder."
+        )
 
 
 def _held(marker: Path) -> Any:
