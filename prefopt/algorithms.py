@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import losses
-from losses.registry import BoundLoss, HyperParameter, Loss, RegistrationError, read_options
+from losses.registry import BoundLoss, HyperParameter, Loss, RegistrationError, read_options, read_signature
 from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
 from prefopt.rollouts import rollouts
@@ -124,8 +124,10 @@ def _stream_or_none(loss: Loss) -> str | None:
     names = loss_tensors(loss)
     letters = {letter for name in names for letter in VOCABULARY[name].shape}
     if any(VOCABULARY[name].source in ("old", "rollout") for name in names):
-        # Only a loss on log-probs can move the sampling policy; a value or entropy term alone cannot.
-        return "rollouts" if "policy_token_logps" in names else None
+        # Only a loss on log-probs moves the sampling policy, and advantages that need values need a term that trains them.
+        wanted = () if loss.advantage is None else read_signature(loss.advantage, f"advantage of {loss.name!r}").required
+        valued = "old_values" not in wanted or "values" in names
+        return "rollouts" if "policy_token_logps" in names and valued else None
     if "G" in letters:
         return "groups"
     if "P" in letters:

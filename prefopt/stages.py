@@ -116,8 +116,8 @@ def reward_model(
 ) -> tuple[RewardModelScorer, Stage]:
     """A reward model trained with `bradley_terry` on pairs, or the weights of an earlier equal run.
 
-    Scores are shifted so that the training completions' mean is zero; their scale is left alone, because a Bradley-Terry
-    reward is in log-odds and `kl_coef` then has the meaning of DPO's beta.
+    Scores are shifted so that the mean over the first 256 training pairs is zero; their scale is left alone, because a
+    Bradley-Terry reward is in log-odds and `kl_coef` then has the meaning of DPO's beta.
 
     Args:
         model: used in place; its LM head is not.

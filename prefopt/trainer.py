@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from losses.types import VOCABULARY, LossOutput
 from prefopt import checkpoint
 from prefopt.communicator import Communicator, SingleProcess
 from prefopt.coupled import coupled_objectives
-from prefopt.errors import ConfigError, TrainingError
+from prefopt.errors import ConfigError, OutputError, TrainingError
 from prefopt.metrics import Meter
 from prefopt.models.protocol import Batch, Policy, trainable_parameters
 from prefopt.runlog import RunLog
@@ -128,10 +128,14 @@ def fit(
     Raises:
         TrainingError: a loss or gradient is not finite, or the first loss is not the one that policy = reference gives;
             the update was not made.
+        OutputError: `folder` holds checkpoints and `resume` is off.
+        ConfigError: the checkpoint to resume from was written by another loss, optimizer or length of run.
     """
     run = _Run(policy, loss, stream, optimization, logging, folder, communicator or SingleProcess(), _sayer(console))
     if resume:
         run.restore()
+    elif folder is not None and checkpoint.list_checkpoints(folder):
+        raise OutputError(f"{folder} holds checkpoints of an earlier run: resume it, or name another folder.")
     log = RunLog(folder, title, stream.total_steps, start=run.step, console=console)
     run.result.lines.extend(log.earlier)
     with log:
@@ -343,9 +347,18 @@ class _Run:
             "running": {name: list(pair) for name, pair in self.running.items()},
             "step": self.step,
             "tokens": self.result.tokens,
-            "loss": {"name": self.loss.name, "hyper": {name: repr(value) for name, value in self.loss.hyper.items()}},
+            "run": self._description(),
         }
         checkpoint.save(self.folder, self.step, tree, keep=self.logging.keep)
+
+    def _description(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes from it must have in common."""
+        return {
+            "loss": self.loss.name,
+            "hyper-parameters": {name: repr(value) for name, value in self.loss.hyper.items()},
+            "optimization": asdict(self.optimization),
+            "number of steps": self.stream.total_steps,
+        }
 
     def restore(self) -> None:
         if self.folder is None:
@@ -355,10 +368,12 @@ class _Run:
             self.say("nothing to resume: no checkpoint yet, starting from the first step.")
             return
         step, tree = found
-        own = {"name": self.loss.name, "hyper": {name: repr(value) for name, value in self.loss.hyper.items()}}
-        if tree["loss"] != own:
+        own = self._description()
+        if tree["run"] != own:
+            differing = ", ".join(sorted(name for name in own if tree["run"].get(name) != own[name]))
             raise ConfigError(
-                f"the checkpoint in {self.folder} was written by {tree['loss']}, this run is {own}; use another folder."
+                f"the checkpoint in {self.folder} was written by a run with another {differing}; resume with the same options, "
+                "or name another folder."
             )
         self.policy.load_trainable_state(tree["policy"])
         checkpoint.load_optimizer_state(self.optimizer, tree["optimizer"])

@@ -363,9 +363,14 @@ def test_options_that_sample_nothing_are_refused(hyper: dict[str, Any]) -> None:
         make_stream(*build_pair(), hyper)
 
 
-@pytest.mark.parametrize(("name", "hyper"), [("ppo", {"vf_coef": 0.0}), ("ppo_policy", {})])
-def test_gae_without_a_value_head_is_refused_before_anything_is_sampled(name: str, hyper: dict[str, Any]) -> None:
-    setting = algorithms.get(name).setting(**hyper)
+def test_a_loss_whose_advantages_need_values_that_nothing_trains_is_no_algorithm() -> None:
+    assert "ppo_policy" not in algorithms.trainable_names()
+    with pytest.raises(ConfigError, match="cannot be trained alone"):
+        algorithms.get("ppo_policy")
+
+
+def test_gae_without_a_value_head_is_refused_before_anything_is_sampled() -> None:
+    setting = algorithms.get("ppo").setting(vf_coef=0.0)
     with pytest.raises(ConfigError, match=r"needs old_values, but no term of the loss trains a value head.*vf_coef"):
         rollouts(workshop(setting, *build_pair()), **setting.stream_options)
 

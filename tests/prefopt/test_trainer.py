@@ -24,7 +24,7 @@ import losses
 from losses.types import LossOutput
 from prefopt import algorithms
 from prefopt.data.records import Example
-from prefopt.errors import TrainingError
+from prefopt.errors import ConfigError, OutputError, TrainingError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint, head_names
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream
@@ -353,3 +353,21 @@ def test_metrics_are_valid_json_lines(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
     assert "eval/x" in lines[0]
     assert "eval/x" in lines[-1]
+
+
+def test_a_folder_with_checkpoints_is_resumed_or_refused(tmp_path: Path) -> None:
+    """A new run in an old run's folder, or a resumed one with another learning rate, must not mix two runs."""
+
+    def run(resume: bool, rate: float = 1e-3) -> Any:
+        stream = OfflineStream(pairs(8), kind="completions", budget=Budget(batch_size=4))
+        loss = algorithms.get("sft").setting().loss
+        return fit(
+            tiny_policy(), loss, stream, Optimization(rate), logging=Logging(save_every=1), folder=tmp_path, resume=resume
+        )
+
+    run(resume=False)
+    with pytest.raises(OutputError, match="holds checkpoints of an earlier run"):
+        run(resume=False)
+    with pytest.raises(ConfigError, match="another optimization"):
+        run(resume=True, rate=2e-3)
+    assert run(resume=True).steps == 2
