@@ -28,6 +28,7 @@ from prefopt import __version__, algorithms
 from prefopt.cell import run_cell
 from prefopt.data.report import render
 from prefopt.errors import ConfigError, OutputError, PrefoptError
+from prefopt.files import write_json
 from prefopt.options import Options, default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
 from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, CellTiming, Ledger, Results, Setting, Timings
@@ -194,9 +195,7 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
         else:
             raise OutputError(f"{output} is not empty and holds no comparison of prefopt; name another --output-dir.")
     output.mkdir(parents=True, exist_ok=True)
-    staged = marker.with_suffix(".tmp")
-    staged.write_text(json.dumps(own, indent=1))
-    os.replace(staged, marker)
+    write_json(marker, own)
 
 
 def differences(one: Any, other: Any, path: str = "") -> set[str]:
@@ -274,7 +273,7 @@ def _run_job(job: _Job) -> str | None:
     (job.folder / "failure.txt").unlink(missing_ok=True)
     try:
         setting = job.study.settings()[job.index]
-        _write_json(
+        write_json(
             job.folder / "config.json",
             {"label": job.entry.label, "hyper": dict(setting.hyper), "seed": job.seed, **job.study.options.as_dict()},
         )
@@ -285,9 +284,9 @@ def _run_job(job: _Job) -> str | None:
         )  # fmt: skip
         if job.save_policies:
             result.policy.save(job.folder / "policy")
-        _write_json(job.folder / "timing.json", asdict(result.timing))
+        write_json(job.folder / "timing.json", asdict(result.timing))
         (job.folder / PER_PROMPT_FILE).write_text("".join(json.dumps(asdict(row)) + "\n" for row in result.rows))
-        _write_json(job.folder / "cell.json", asdict(result.cell))  # last: it says that the cell is finished
+        write_json(job.folder / "cell.json", asdict(result.cell))  # last: it says that the cell is finished
     except PrefoptError as error:
         _write_failure(job, str(error))
         return str(error)
@@ -302,12 +301,6 @@ def _run_job(job: _Job) -> str | None:
 def _write_failure(job: _Job, text: str) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "failure.txt").write_text(text)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    staged = path.with_suffix(".partial")
-    staged.write_text(json.dumps(value, indent=1))
-    os.replace(staged, path)
 
 
 def collect(

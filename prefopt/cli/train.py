@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -33,6 +32,7 @@ from prefopt.cli.flags import (
 from prefopt.compare import differences, environment
 from prefopt.data.report import DataReport, render, render_plain
 from prefopt.errors import ConfigError, OutputError
+from prefopt.files import write_json
 from prefopt.options import Options, default_cache
 from prefopt.report.schema import PER_PROMPT_FILE, Metric
 from prefopt.runlog import FILE as METRICS_FILE
@@ -170,7 +170,7 @@ def claim(output: Path, config: Mapping[str, Any], *, resume: bool, overwrite: b
                 _refuse_unless_told(output, differences(held, config), resume, overwrite)
                 shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        _write_json(marker, config)
+        write_json(marker, config)
     except OSError as error:
         raise OutputError(f"--output-dir {output} cannot be written ({error.strerror}); name another folder.") from error
 
@@ -198,7 +198,7 @@ def _held(marker: Path) -> Any:
 
 def _write_data_report(report: DataReport, output: Path) -> None:
     (output / "data_report.txt").write_text(render_plain(report), encoding="utf-8")
-    _write_json(output / "data_report.json", report.as_dict())
+    write_json(output / "data_report.json", report.as_dict())
 
 
 def _write_result(result: CellResult, output: Path) -> None:
@@ -207,13 +207,7 @@ def _write_result(result: CellResult, output: Path) -> None:
         (output / PER_PROMPT_FILE).write_text(text, encoding="utf-8")
     # Last: it says that the run is finished.
     timing, cell = asdict(result.timing), asdict(result.cell)
-    _write_json(output / RESULT_FILE, {"cell": cell, "timing": timing, "environment": environment()})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    staged = path.with_suffix(".partial")
-    staged.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(staged, path)
+    write_json(output / RESULT_FILE, {"cell": cell, "timing": timing, "environment": environment()})
 
 
 def _metrics_table(result: CellResult, metrics: Sequence[Metric]) -> Table:

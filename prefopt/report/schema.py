@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -18,6 +17,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from prefopt.errors import DataError
+from prefopt.files import write_json
 
 SCHEMA_VERSION = 1
 RESULTS_FILE, TIMINGS_FILE, PER_PROMPT_FILE = "results.json", "timings.json", "per_prompt.jsonl"
@@ -362,10 +362,7 @@ def _plain(value: Any) -> Any:
 
 
 def _save_json(value: Mapping[str, Any], file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".json.partial")
-    unfinished.write_text(json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    write_json(file, _plain(value))
     return file
 
 
