@@ -45,8 +45,8 @@ def hh_study(data: str, model: str) -> Study:
         data=DataOptions(data=(data,), max_length=256, max_completion_length=64, max_pairs=192, judge_pairs=160),
         model=ModelOptions(model=model, lora=16),
         budget=Budget(batch_size=8, epochs=1, micro_batch_tokens=4096),
-        optimization=Optimization(learning_rate=2e-4),
-        supervised=SupervisedOptions(reward_learning_rate=2e-4, reward_batch_size=8),
+        optimization=Optimization(learning_rate=1e-3),
+        supervised=SupervisedOptions(reward_learning_rate=1e-3, reward_batch_size=8),
         evaluation=EvaluationOptions(checkpoints=1, eval_pairs=96, eval_prompts=48, eval_tokens=32),
     )
     entries = [

@@ -309,11 +309,10 @@ def _new_head(name: str, size: int) -> nn.Linear:
     if name not in ("value", "reward"):
         raise ConfigError(f"unknown head {name!r}; known: 'value', 'reward'.")
     head = _Head(size, 1)
+    # V = 0 makes the first advantages the rewards themselves; r = 0 starts Bradley-Terry at log 2, where a random direction
+    # would be noise that a short training has to unlearn first.
+    nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    if name == "value":
-        nn.init.zeros_(head.weight)  # starts at V = 0, so the first advantages are the rewards themselves
-    else:
-        nn.init.normal_(head.weight, std=(size + 1) ** -0.5)
     return head
 
 
