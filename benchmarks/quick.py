@@ -18,10 +18,10 @@ from rich.console import Console
 
 from prefopt.compare import Entry, Study, compare
 from prefopt.errors import PrefoptError
+from prefopt.optimization import Optimization
 from prefopt.options import DataOptions, EvaluationOptions, ModelOptions, Options, SupervisedOptions, default_cache
 from prefopt.streams import Budget
 from prefopt.tasks import build_task
-from prefopt.trainer import Optimization
 
 ALGORITHMS = ("dpo", "ipo", "cpl", "ppo_offline", "ppo")
 

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -255,7 +256,9 @@ def _run_all(jobs: Sequence[_Job], workers: int, console: Console) -> None:
             tell(done, job, _run_job(job))
         return
     # One process a cell: its peak memory is its own, and a crash of one leaves the others alone.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=end_with_parent, max_tasks_per_child=1
+    ) as pool:
         futures: dict[Future[str | None], _Job] = {pool.submit(_run_job, job): job for job in jobs}
         for done, future in enumerate(as_completed(futures), start=1):
             job = futures[future]
@@ -263,6 +266,18 @@ def _run_all(jobs: Sequence[_Job], workers: int, console: Console) -> None:
             if failure is not None:
                 _write_failure(job, f"{type(failure).__name__}: {failure}")
             tell(done, job, str(failure) if failure is not None else future.result())
+
+
+def end_with_parent() -> None:
+    """Makes a worker process end when its parent is gone: after a kill -9 it would go on computing for nobody."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_job(job: _Job) -> str | None:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt.optimization import Logging, Optimization
 from prefopt.streams import Budget
-from prefopt.trainer import Logging, Optimization
 
 Init = Literal["as-is", "sft-chosen", "sft-both"]
 EXACT = "exact"

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 import losses
 from prefopt.data.records import Example, Labels
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA, fingerprint
+from prefopt.optimization import Optimization
 from prefopt.rollouts import RewardModelScorer
 from prefopt.streams import Budget, OfflineStream
-from prefopt.trainer import Optimization, fit
+from prefopt.trainer import fit
 
 
 @dataclass(frozen=True)

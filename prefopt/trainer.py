@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,60 +21,9 @@ from prefopt.coupled import coupled_objectives
 from prefopt.errors import ConfigError, OutputError, TrainingError
 from prefopt.metrics import Meter
 from prefopt.models.protocol import Batch, Policy, trainable_parameters
+from prefopt.optimization import Logging, Optimization, build_optimizer
 from prefopt.runlog import RunLog
 from prefopt.streams import Stream
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How parameters move.
-
-    Args:
-        learning_rate: peak of the schedule.
-        schedule: after warm-up, "linear" to zero, "cosine" to zero, or "constant".
-        warmup: share of the steps in which the rate rises linearly.
-        weight_decay: AdamW's, on matrices only.
-        clip_norm: gradients are scaled down to this global norm; 0 switches it off.
-        adam_beta1: AdamW's decay of the mean.
-        adam_beta2: AdamW's decay of the square.
-    """
-
-    learning_rate: float = 1e-5
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or not 0 <= self.warmup <= 1 or self.clip_norm < 0:
-            raise ConfigError(f"learning_rate must be positive, warmup in [0, 1] and clip_norm not negative; got {self}.")
-
-    def rate(self, step: int, total: int) -> float:
-        """The learning rate of update `step` (0-based) of `total`, as a share of the peak."""
-        warm = math.ceil(self.warmup * total)
-        if step < warm:
-            return (step + 1) / warm
-        if self.schedule == "constant":
-            return 1.0
-        left = (total - step) / max(1, total - warm)
-        return left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
-
-
-@dataclass(frozen=True)
-class Logging:
-    """What is written, and when.
-
-    Args:
-        log_every: steps between lines of metrics.jsonl.
-        save_every: steps between checkpoints, the last step included; 0 writes none.
-        keep: how many checkpoints stay.
-    """
-
-    log_every: int = 10
-    save_every: int = 0
-    keep: int = 2
 
 
 @dataclass
@@ -98,9 +47,9 @@ def fit(
     policy: Policy,
     loss: BoundLoss,
     stream: Stream,
-    optimization: Optimization = Optimization(),
+    optimization: Optimization | None = None,
     *,
-    logging: Logging = Logging(),
+    logging: Logging | None = None,
     folder: Path | None = None,
     resume: bool = False,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
@@ -115,8 +64,8 @@ def fit(
         policy: a causal LM, a control policy, or anything else with the protocol.
         loss: with its hyper-parameters.
         stream: yields the micro-batches of each update.
-        optimization: learning rate, schedule, clipping.
-        logging: intervals of log lines and checkpoints.
+        optimization: learning rate, schedule, clipping; None takes the defaults.
+        logging: intervals of log lines and checkpoints; None takes the defaults.
         folder: for metrics.jsonl and checkpoints; None keeps everything in memory.
         resume: go on from the newest good checkpoint in `folder`, if there is one.
         evaluate: called after the steps in `evaluate_at`; its numbers enter metrics.jsonl as `eval/<name>`.
@@ -131,6 +80,7 @@ def fit(
         OutputError: `folder` holds checkpoints and `resume` is off.
         ConfigError: the checkpoint to resume from was written by another loss, optimizer or length of run.
     """
+    optimization, logging = optimization or Optimization(), logging or Logging()
     run = _Run(policy, loss, stream, optimization, logging, folder, communicator or SingleProcess(), _sayer(console))
     if resume:
         run.restore()
@@ -169,7 +119,7 @@ class _Run:
         self.parameters = trainable_parameters(policy)
         if not self.parameters:
             raise ConfigError("the policy has no trainable parameter: every weight is frozen.")
-        self.optimizer = _build_optimizer(policy, optimization)
+        self.optimizer = build_optimizer(policy, optimization)
         self.meter = Meter()
         self.step = 0
         # name -> (sum, count) of running statistics that losses update, such as BCO's reward shift
@@ -388,21 +338,6 @@ class _Run:
 
 def _sayer(console: Console | None) -> Callable[[str], None]:
     return (lambda text: None) if console is None else lambda text: console.print(text, highlight=False, soft_wrap=True)
-
-
-def _build_optimizer(policy: Policy, optimization: Optimization) -> torch.optim.AdamW:
-    groups = [
-        {
-            "params": group["params"],
-            "lr_scale": group["lr_scale"],
-            "lr": optimization.learning_rate * group["lr_scale"],
-            "weight_decay": optimization.weight_decay if group["decay"] else 0.0,
-        }
-        for group in policy.parameter_groups()
-    ]
-    betas = (optimization.adam_beta1, optimization.adam_beta2)
-    # fused: one pass over memory; on a CPU it takes a fifth of the time of the foreach form.
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def _first_loss_tolerance(parameter: Tensor) -> float:

@@ -18,6 +18,7 @@ from prefopt.data.records import Record
 from prefopt.data.report import DataReport
 from prefopt.errors import ConfigError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.optimization import Optimization
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import FrontierPoint, Metric
@@ -26,7 +27,6 @@ from prefopt.stages import Stage, reward_model, supervised_start
 from prefopt.streams import Budget
 from prefopt.tasks.protocol import Measured, Shared, Training
 from prefopt.tokenize import Tokenized, tokenize
-from prefopt.trainer import Optimization
 
 # The reference: SFT of the small LM on samples of the world's random source. Enough that lengths and EOS are learned.
 START_SAMPLES = 16384

@@ -21,6 +21,7 @@ from prefopt.errors import ConfigError, DataError
 from prefopt.evaluate import correlation, measure_pairs, sample_and_measure, wilson_interval
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, build_policy
 from prefopt.models.loading import load_model
+from prefopt.optimization import Optimization
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Baseline, Judge, Metric, PromptRow
@@ -30,7 +31,6 @@ from prefopt.stages import Stage, reward_model, supervised_start
 from prefopt.streams import Budget
 from prefopt.tasks.protocol import Measured, Shared, Training
 from prefopt.tokenize import Tokenized, check_vocabulary, tokenize
-from prefopt.trainer import Optimization
 
 JUDGE = "judge"
 # Samples for KL and scores use the same draws in every cell of a study seed.

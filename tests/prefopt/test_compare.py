@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from prefopt import cell, compare
 from prefopt.compare import Entry, Study
 from prefopt.data.exact_world import WorldConfig
 from prefopt.errors import ConfigError, OutputError
+from prefopt.optimization import Logging, Optimization
 from prefopt.options import DataOptions, EvaluationOptions, Options, SupervisedOptions
 from prefopt.packing import PackedBatch
 from prefopt.report import load_results, write_report
@@ -23,7 +28,6 @@ from prefopt.report.schema import Results
 from prefopt.rollouts import RolloutStream
 from prefopt.streams import Budget, OfflineStream
 from prefopt.tasks import exact
-from prefopt.trainer import Logging, Optimization
 
 
 @losses.register("compare_test_broken")
@@ -247,3 +251,39 @@ def test_worker_processes_give_the_results_of_one_process(tmp_path: Path) -> Non
         part["environment"].pop("threads")
     assert [cell["status"] for cell in one["cells"]] == ["ok", "ok"]
     assert one == workers
+
+
+ORPHANS = """
+    import os, sys, time
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from prefopt.compare import end_with_parent
+    if __name__ == "__main__":
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    """kill -9 on the comparison: its worker, in the middle of a cell, is gone within seconds."""
+    script = tmp_path / "orphans.py"
+    script.write_text(textwrap.dedent(ORPHANS))
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while _alive(worker):
+        assert time.monotonic() < deadline, "the worker goes on without its parent"
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    """Running, not merely waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -30,12 +30,13 @@ from prefopt.data.exact_world import ExactWorld, WorldConfig, expected
 from prefopt.data.records import Example, Message
 from prefopt.errors import ConfigError, DataError, TrainingError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy, fingerprint, head_names
+from prefopt.optimization import Logging, Optimization
 from prefopt.packing import PackedBatch
 from prefopt.reference import ReferenceCache
 from prefopt.rollouts import RewardModelScorer, RolloutStream, Workshop, check_scores, rollouts
 from prefopt.runlog import read_lines
 from prefopt.streams import Budget, OfflineStream, Stream
-from prefopt.trainer import FitResult, Logging, Optimization, fit
+from prefopt.trainer import FitResult, fit
 
 WORLD = ExactWorld(WorldConfig(seed=1, prompts=5, symbols=5, max_completion_length=6))
 EOS = WORLD.layout.eos

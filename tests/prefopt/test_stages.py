@@ -15,11 +15,11 @@ from prefopt import stages
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example, Labels
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA
+from prefopt.optimization import Optimization
 from prefopt.packing import flat_roles, pack
 from prefopt.rollouts import RewardModelScorer
 from prefopt.stages import Stage, content_key, examples_key, pair_record, reward_model, supervised_start
 from prefopt.streams import Budget
-from prefopt.trainer import Optimization
 
 WORLD = ExactWorld(WorldConfig.tabular())
 EOS = WORLD.layout.eos

@@ -26,9 +26,10 @@ from prefopt import algorithms
 from prefopt.data.records import Example
 from prefopt.errors import ConfigError, OutputError, TrainingError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint, head_names
+from prefopt.optimization import Logging, Optimization
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream
-from prefopt.trainer import Logging, Optimization, fit
+from prefopt.trainer import fit
 
 VOCABULARY = 29
 
@@ -294,7 +295,8 @@ RESUMABLE = """
     import test_trainer as t
     from prefopt import algorithms
     from prefopt.streams import Budget, OfflineStream
-    from prefopt.trainer import Logging, Optimization, fit
+    from prefopt.optimization import Logging, Optimization
+    from prefopt.trainer import fit
     from pathlib import Path
     torch.set_num_threads(1)
     setting = algorithms.get({name!r}).setting()

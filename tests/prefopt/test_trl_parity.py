@@ -21,10 +21,11 @@ from prefopt import algorithms
 from prefopt.data.records import Labels, Record
 from prefopt.models.causal_lm import build_policy
 from prefopt.models.loading import load_model
+from prefopt.optimization import Logging, Optimization
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream, epoch_order
 from prefopt.tokenize import tokenize
-from prefopt.trainer import Logging, Optimization, fit
+from prefopt.trainer import fit
 
 pytestmark = [
     pytest.mark.peer,
