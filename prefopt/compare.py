@@ -30,6 +30,7 @@ from prefopt.cell import run_cell
 from prefopt.data.report import render
 from prefopt.errors import ConfigError, OutputError, PrefoptError
 from prefopt.files import write_json
+from prefopt.machine import standard_console
 from prefopt.options import Options, default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
 from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, CellTiming, Ledger, Results, Setting, Timings
@@ -283,7 +284,7 @@ def end_with_parent() -> None:
 def _run_job(job: _Job) -> str | None:
     """Runs a cell in this process and writes its folder; the error's text when it failed."""
     use_threads(job.study.options, job.workers)
-    console = Console() if job.workers == 1 else None
+    console = standard_console() if job.workers == 1 else None
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "failure.txt").unlink(missing_ok=True)
     try:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import App, Parameter
 from cyclopts.config import Dict
-from rich.console import Console
 
 from losses.registry import suggest_option
 from prefopt import algorithms
@@ -27,6 +26,7 @@ from prefopt.cli.flags import (
 )
 from prefopt.compare import Entry, Study, compare, describe
 from prefopt.errors import ConfigError
+from prefopt.machine import standard_console
 
 _STUDY = "Study"
 # What the YAML file may name besides flags.
@@ -108,7 +108,7 @@ def _run(names: Sequence[str], values: Mapping[str, Any]) -> None:
     study = Study(entries, tuple(range(seeds)), build_options(values), tuple(imports), **title)
     for setting in study.settings():
         check_values(setting)
-    console = Console()
+    console = standard_console()
     if values.get("dry_run"):
         describe(study, console)
         return

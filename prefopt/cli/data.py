@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.console import Console
 
 from prefopt.cli.flags import parameter_defaults
 from prefopt.data.report import DataReport, render
 from prefopt.data.roles import split_roles
 from prefopt.data.sources import OnBadRow, load
 from prefopt.errors import ConfigError
+from prefopt.machine import standard_console
 from prefopt.options import EXACT, default_cache
 from prefopt.tokenize import tokenize
 
@@ -52,4 +52,4 @@ def _inspect(
         tokenizer = load_model(model, cache=default_cache(), device="cpu").tokenizer
         limit = max_completion_length or max_length // 2
         tokens = tokenize(loaded.records, tokenizer, max_length=max_length, max_completion_length=limit).report
-    Console().print(render(DataReport(loaded.report, roles, tokens)))
+    standard_console().print(render(DataReport(loaded.report, roles, tokens)))

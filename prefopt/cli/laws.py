@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from losses.laws import check
 from prefopt import algorithms
 from prefopt.cli.flags import parameter_defaults
 from prefopt.errors import ConfigError
+from prefopt.machine import standard_console
 
 BROKEN = 1
 
@@ -41,7 +41,7 @@ def _laws(
     results = [(each, result) for each in names for result in check(each, seed)]
     for each, result in results:
         table.add_row(*map(Text, (each, result.law, result.outcome, result.detail)))
-    Console().print(table)
+    standard_console().print(table)
     broken = sum(result.outcome == "failed" for _, result in results)
     print(f"{broken} of {len(results)} broken" if broken else f"{len(results)} laws checked, none broken")
     return BROKEN if broken else 0

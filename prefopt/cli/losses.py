@@ -7,13 +7,13 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import losses
 from prefopt import algorithms
 from prefopt.cli.flags import parameter_defaults
+from prefopt.machine import standard_console
 
 
 def build(tokens: Sequence[str]) -> App:
@@ -40,4 +40,4 @@ def _losses(
         table.add_row(
             *map(Text, (name, loss.doc.partition("\n")[0], algorithm.stream if algorithm else "part of others", shown))
         )
-    Console().print(table)
+    standard_console().print(table)

@@ -33,6 +33,7 @@ from prefopt.compare import differences, environment
 from prefopt.data.report import DataReport, render, render_plain
 from prefopt.errors import ConfigError, OutputError
 from prefopt.files import write_json
+from prefopt.machine import standard_console
 from prefopt.options import Options, default_cache
 from prefopt.report.schema import PER_PROMPT_FILE, Metric
 from prefopt.runlog import FILE as METRICS_FILE
@@ -109,7 +110,16 @@ def _command(algorithm: algorithms.Algorithm) -> Any:
             raise ConfigError(f"name the folder of this run: prefopt train {algorithm.name} --output-dir FOLDER.")
         setting = check_values(algorithm.setting(**{name: values[name] for name in algorithm.flags if name in values}))
         options = build_options(values, save_every=SAVE_EVERY)
-        train(setting, options, output_dir, seed=seed, resume=resume, overwrite=overwrite, imports=imports, console=Console())
+        train(
+            setting,
+            options,
+            output_dir,
+            seed=seed,
+            resume=resume,
+            overwrite=overwrite,
+            imports=imports,
+            console=standard_console(),
+        )
 
     return make_command(run, flags)
 
