@@ -5,12 +5,14 @@ Weights are read from safetensors or GGUF only: pickled weights can run code.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,20 @@ def _gguf_file(path: Path) -> Path | None:
     )
 
 
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides transformers' bar over weights: from a local disk it takes a second, and every worker would draw one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _from_folder(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder in Hugging Face layout."""
     from safetensors import SafetensorError
@@ -145,9 +161,10 @@ def _from_folder(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     remote_code = {"trust_remote_code": options["trust_remote_code"]}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, **remote_code)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
+        with _without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+            )
     # What the libraries raise for a broken folder: a cut file, a missing tokenizer, an unknown architecture.
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"cannot load a model from {path}: {_reason(error)}.") from error

@@ -136,8 +136,10 @@ class ExactTask:
 
     def _best_reward(self, kl: float) -> float:
         """The reward of the optimal policy whose mean KL is `kl`: the reference at 0, the best completion past the last."""
+        if kl < 1e-6:  # below it the search for a beta has no digits left
+            return float(expected(self.world.rewards, self.reference_logps).mean())
         try:
-            beta = beta_at_kl(self.reference_logps, self.world.rewards, max(kl, 1e-5))
+            beta = beta_at_kl(self.reference_logps, self.world.rewards, kl)
         except ConfigError:
             return float(self.world.rewards.amax(-1).mean())
         return float(expected(self.world.rewards, optimal_logps(self.reference_logps, self.world.rewards, beta)).mean())

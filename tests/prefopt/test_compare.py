@@ -93,6 +93,7 @@ def test_results_load_and_say_what_was_measured(finished: Path) -> None:
         assert each.final["gap"] >= -1e-6
         assert each.final["regret"] >= 0
     assert results.reference["kl"] == pytest.approx(0, abs=1e-9)
+    assert results.reference["gap"] == 0
     assert results.frontier
     dpo, ppo = results.cells[:2]
     assert dpo.ledger.labels == 32
