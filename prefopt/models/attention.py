@@ -1,7 +1,8 @@
-"""Attention for packed branches, reached through transformers' own registry of attention functions.
+"""Attention for packed tokens, reached through transformers' own registry of attention functions.
 
-The mask is: same group, key's branch is the prompt or the query's own branch, key not later. On a CPU it is SDPA with a
-dense mask over one group only; groups of similar length are computed side by side. No work crosses groups.
+One function is registered; a `Layout`, built once per batch, says who sees whom and how it is computed. For branches the
+mask is: same group, key's branch is the prompt or the query's own branch, key not later. On a CPU it is SDPA with a dense
+mask over one group only; groups of similar length are computed side by side. No work crosses groups.
 H heads, D head size, S packed tokens, B groups of a bucket, L their padded length.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,36 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefopt.packing import Group
 
-IMPLEMENTATION = "prefopt_branches"
+IMPLEMENTATION = "prefopt_packed"
+
+
+class Layout(Protocol):
+    """How packed tokens see each other. Built once per batch; `attend` is called once per layer."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            module: the attention module; its `layer_idx` tells layers apart.
+            query, key, value: [H, S, D]; key and value may have fewer heads, each shared by H / heads query heads.
+            scale: of the scores; None is 1 / sqrt(D).
+            dropout: probability of dropping a weight.
+            window: keys further back than this are not seen; None sees all.
+
+        Returns:
+            [S, H, D].
+        """
+
 
 # A bucket may hold this many times the real attention area: beyond it, padding costs more than another call saves.
 _MAX_PADDED_AREA = 1.6
@@ -88,7 +118,44 @@ def _build_bucket(groups: Sequence[Group], device: torch.device | str) -> Bucket
     return Bucket(*(part.to(device) for part in parts))
 
 
-def branch_attention(
+@dataclass(frozen=True)
+class GroupLayout:
+    """Attention group by group with SDPA: the layout of a training batch on a CPU."""
+
+    buckets: tuple[Bucket, ...]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+        window: int | None,
+    ) -> Tensor:
+        """See `Layout.attend`."""
+        repeats = query.shape[0] // key.shape[0]
+        if repeats > 1:
+            key, value = (t.repeat_interleave(repeats, dim=0) for t in (key, value))
+        output = torch.empty_like(query) if len(self.buckets) == 1 else torch.zeros_like(query)
+        for bucket in self.buckets:
+            rows, length = bucket.index.shape
+            q, k, v = (t[:, bucket.index.flatten()].unflatten(1, (rows, length)).transpose(0, 1) for t in (query, key, value))
+            mask = bucket.visible(window)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)  # [B, H, L, D]
+            flat = out.transpose(0, 1).flatten(1, 2)[:, bucket.valid]
+            output = output.index_copy(1, bucket.source, flat)
+        return output.transpose(0, 1)
+
+
+def build_layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layout:
+    """The layout of a packed batch."""
+    return GroupLayout(build_buckets(groups, device))
+
+
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -97,37 +164,26 @@ def branch_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    buckets: Sequence[Bucket] | None = None,
+    layout: Layout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: [1, H, S, D] queries -> [1, S, H, D] outputs, group by group.
+    """An attention function of transformers: [1, H, S, D] queries -> [1, S, H, D] outputs, as the layout says.
 
     Raises:
-        ValueError: called without a branch layout, or by a model whose attention needs logit soft-capping.
+        ValueError: called without a layout, or by a model whose attention needs logit soft-capping.
     """
-    if buckets is None:
+    if layout is None:
         raise ValueError(
-            "branch attention was called without a branch layout: use prefopt's shared forward, or another implementation."
+            "packed attention was called without a layout: use prefopt's shared forward, or another implementation."
         )
     if softcap is not None:
-        raise ValueError("this model soft-caps attention logits, which the branch attention does not support yet.")
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-    query, key, value = query[0], key[0], value[0]  # [H, S, D]
-    output = torch.empty_like(query) if len(buckets) == 1 else torch.zeros_like(query)
-    for bucket in buckets:
-        rows, length = bucket.index.shape
-        q, k, v = (t[:, bucket.index.flatten()].unflatten(1, (rows, length)).transpose(0, 1) for t in (query, key, value))
-        mask = bucket.visible(sliding_window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)  # [B, H, L, D]
-        flat = out.transpose(0, 1).flatten(1, 2)[:, bucket.valid]
-        output = output.index_copy(1, bucket.source, flat)
-    return output.transpose(0, 1).unsqueeze(0), None
+        raise ValueError("this model soft-caps attention logits, which packed attention does not support yet.")
+    output = layout.attend(module, query[0], key[0], value[0], scale=scaling, dropout=dropout, window=sliding_window)
+    return output.unsqueeze(0), None
 
 
-AttentionInterface.register(IMPLEMENTATION, branch_attention)
+AttentionInterface.register(IMPLEMENTATION, packed_attention)
 # The layout travels as a keyword argument; transformers must not build a [S, S] mask for it.
 AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
 from prefopt.forward import scatter_all, token_quantities
-from prefopt.models.attention import IMPLEMENTATION, build_buckets
+from prefopt.models.attention import IMPLEMENTATION, Layout, build_layout
 from prefopt.packing import PackedBatch
 
 # A linear head on a frozen-scale feature learns with steps ten times those of the backbone.
@@ -99,17 +99,18 @@ class CausalLMPolicy(nn.Module):
         finally:
             self.base.set_attn_implementation(IMPLEMENTATION)
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """[S, D] last hidden states of the packed tokens."""
+    def encode(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+        """[S, D] last hidden states of [S] packed tokens that see each other as `layout` says."""
         inner = getattr(self.base, self.base.base_model_prefix)
         with self.autocast():
             output = inner(
-                input_ids=batch.input_ids.unsqueeze(0),
-                position_ids=batch.position_ids.unsqueeze(0),
-                use_cache=False,
-                buckets=build_buckets(batch.groups, batch.input_ids.device),
+                input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, layout=layout
             )
         return output.last_hidden_state[0]
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """[S, D] last hidden states of the packed tokens."""
+        return self.encode(batch.input_ids, batch.position_ids, build_layout(batch.groups, batch.input_ids.device))
 
     @property
     def head(self) -> Any:
