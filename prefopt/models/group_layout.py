@@ -1,0 +1,261 @@
+"""Attention over packed branches in plain matrix products: what a CPU trains with.
+
+The queries of a batch are cut into units, and a unit sees exactly the keys that some of its queries may see: a block of
+prompt tokens sees the prompt up to its own end; a block of a branch sees the prompt and its branch up to its own end. So no
+work crosses groups or branches, and the upper triangle is skipped block by block. Groups of a few tokens share a unit
+instead, padded, since a call costs more than their arithmetic. Key and value heads are never repeated: the query heads that
+share one are rows of the same product. Scores are recomputed in backward (Dao 2022, FlashAttention, section 3.1), so memory
+grows with tokens, not with their square.
+
+H query heads, M key heads, R = H / M, D head size, S packed tokens; a unit has B groups, Q queries and K keys each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from prefopt.packing import Group
+
+# Queries of one unit: its scores (9 heads x 128 x 300 keys = 1.4 MB in float32) stay in a core's cache.
+_BLOCK = 128
+# Groups up to this length share units.
+_SMALL_GROUP = 48
+# Padded score positions (B * Q * K) that a shared unit may hold.
+_SHARED_AREA = 2**17
+
+Index = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Queries that are computed in one go, and the keys that they see.
+
+    Args:
+        queries: packed positions: a slice for a block of one group, [B, Q] for several groups (0 where padded).
+        keys: the same for the keys.
+        real: [B * Q] bool, which queries are real; None when all are.
+        hidden: [B, 1, Q, k] True where a query must not see one of the last k keys; all earlier keys are seen.
+        distance: [B, 1, Q, K] position(query) - position(key), for sliding windows.
+    """
+
+    queries: Index
+    keys: Index
+    real: Tensor | None
+    hidden: Tensor
+    distance: Tensor
+
+    def hide(self, scores: Tensor, window: int | None) -> None:
+        """Sets what must not be seen in [B, M, R*Q, K] scores to -inf."""
+        batch, heads, rows, keys = scores.shape
+        queries = self.hidden.shape[2]
+        view = scores.view(batch, heads * (rows // queries), queries, keys)
+        view[..., keys - self.hidden.shape[3] :].masked_fill_(self.hidden, -torch.inf)
+        if window is not None and keys > window:
+            view.masked_fill_(self.distance >= window, -torch.inf)
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """The layout of a training batch on a CPU."""
+
+    units: tuple[Unit, ...]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+        window: int | None,
+    ) -> Tensor:
+        """See `Layout.attend`."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        # A softmax in half precision loses what the rest of the model keeps; on a CPU float32 is also faster.
+        wide = [tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in (query, key, value)]
+        output: Tensor = _GroupAttention.apply(*wide, self.units, scale, dropout, window)
+        return output.to(query.dtype)
+
+
+def build_group_layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> GroupLayout:
+    """Cuts the queries of a batch into units."""
+    units: list[Unit] = []
+    small = sorted((group for group in groups if group.length <= _SMALL_GROUP), key=lambda group: group.length)
+    for begin, end in _shared_ranges([group.length for group in small]):
+        units.append(_shared_unit(small[begin:end], device))
+    for group in groups:
+        if group.length > _SMALL_GROUP:
+            units.extend(_block_unit(group, *block, device) for block in _blocks(group))
+    return GroupLayout(tuple(units))
+
+
+def _shared_ranges(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cuts ascending lengths where the padded area would pass the limit."""
+    begin = 0
+    for end, length in enumerate(lengths):
+        if end > begin and (end - begin + 1) * length**2 > _SHARED_AREA:
+            yield begin, end
+            begin = end
+    if lengths:
+        yield begin, len(lengths)
+
+
+def _blocks(group: Group) -> Iterator[tuple[int, int, int]]:
+    """(begin, first query, end) of each block: its branch begins at `begin`, 0 for the prompt. Relative to the group."""
+    for begin, end in zip((0, *group.starts[:-1]), group.starts, strict=True):
+        for first in range(begin, end, _BLOCK):
+            yield begin, first, min(first + _BLOCK, end)
+
+
+def _block_unit(group: Group, begin: int, first: int, end: int, device: torch.device | str) -> Unit:
+    prompt = group.starts[0]
+    seen = torch.cat([torch.arange(min(begin, prompt)), torch.arange(begin, end)])
+    keys: Index = slice(group.start, group.start + end) if begin <= prompt else (group.start + seen).unsqueeze(0).to(device)
+    queries = torch.arange(first, end)
+    hidden = queries > queries.unsqueeze(1)  # the last keys are the block itself
+    distance = _positions(queries, begin, prompt).unsqueeze(1) - _positions(seen, begin, prompt)
+    packed = slice(group.start + first, group.start + end)
+    return Unit(packed, keys, None, hidden[None, None].to(device), distance[None, None].to(device))
+
+
+def _positions(offsets: Tensor, begin: int, prompt: int) -> Tensor:
+    """Positions within prompt + branch of offsets within the group."""
+    return torch.where(offsets >= begin, offsets - begin + min(begin, prompt), offsets)
+
+
+def _shared_unit(groups: Sequence[Group], device: torch.device | str) -> Unit:
+    length = max(group.length for group in groups)
+    offsets = torch.arange(length)
+    real = offsets < torch.tensor([group.length for group in groups]).unsqueeze(-1)  # [B, L]
+    index = torch.where(real, torch.tensor([group.start for group in groups]).unsqueeze(-1) + offsets, 0)
+    branch = torch.zeros(len(groups), length, dtype=torch.long)  # 0 = prompt, k = branch k
+    position = offsets.expand(len(groups), length).clone()
+    for row, group in enumerate(groups):
+        for k, (begin, end) in enumerate(zip(group.starts[:-1], group.starts[1:], strict=True), start=1):
+            branch[row, begin:end] = k
+            position[row, begin:end] = torch.arange(group.starts[0], group.starts[0] + end - begin)
+    same = (branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2))  # [B, query, key]
+    # A padded query sees nothing: its output is NaN and never written, and its weights in backward are zero.
+    seen = same & (offsets.unsqueeze(0) <= offsets.unsqueeze(1)) & real.unsqueeze(1) & real.unsqueeze(2)
+    distance = position.unsqueeze(2) - position.unsqueeze(1)
+    index, real = index.to(device), real.flatten().to(device)
+    everything = bool(real.all())
+    return Unit(index, index, None if everything else real, ~seen.unsqueeze(1).to(device), distance.unsqueeze(1).to(device))
+
+
+def _take(packed: Tensor, index: Index) -> Tensor:
+    """[..., S, D] -> [B, ..., L, D]: the tokens of a unit."""
+    if isinstance(index, slice):
+        return packed[..., index, :].unsqueeze(0)
+    taken = packed.index_select(-2, index.flatten()).unflatten(-2, index.shape)
+    return taken.movedim(-3, 0)
+
+
+def _put(packed: Tensor, unit: Unit, values: Tensor) -> None:
+    """[B, ..., Q, D] values of a unit's queries -> [..., S, D], in place. Every token is a query of exactly one unit."""
+    if isinstance(unit.queries, slice):
+        packed[..., unit.queries, :] = values[0]
+        return
+    flat, index = values.movedim(0, -3).flatten(-3, -2), unit.queries.flatten()
+    if unit.real is not None:
+        flat, index = flat[..., unit.real, :], index[unit.real]
+    packed.index_copy_(-2, index, flat)
+
+
+def _add(packed: Tensor, index: Index, values: Tensor) -> None:
+    """Adds [B, ..., K, D] gradients of a unit's keys to [..., S, D], in place."""
+    if isinstance(index, slice):
+        packed[..., index, :] += values[0]
+    else:
+        packed.index_add_(-2, index.flatten(), values.movedim(0, -3).flatten(-3, -2))
+
+
+class _GroupAttention(Function):
+    """[H, S, D] queries, [M, S, D] keys and values -> [S, H, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        units: tuple[Unit, ...],
+        scale: float,
+        dropout: float,
+        window: int | None,
+    ) -> Tensor:
+        heads, tokens, size = query.shape
+        shared = key.shape[0]
+        grouped = query.unflatten(0, (shared, heads // shared))  # [M, R, S, D]
+        output = query.new_empty(tokens, heads, size)
+        folded = output.view(tokens, shared, heads // shared, size).permute(1, 2, 0, 3)  # [M, R, S, D]
+        log_sums = query.new_empty(*grouped.shape[:3], 1)
+        kept: list[Tensor | None] = []
+        for unit in units:
+            scores = _scores(unit, grouped, key, scale, window)
+            largest = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(largest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            keep = torch.rand_like(weights) >= dropout if dropout else None
+            kept.append(keep)
+            if keep is not None:
+                weights.mul_(keep).div_(1 - dropout)
+            result = torch.matmul(weights, _take(value, unit.keys)).div_(total)
+            _put(folded, unit, _unfold(result, grouped.shape[1]))
+            _put(log_sums, unit, _unfold(total.log_().add_(largest), grouped.shape[1]))
+        ctx.save_for_backward(query, key, value, output, log_sums, *(keep for keep in kept if keep is not None))
+        ctx.units, ctx.scale, ctx.dropout, ctx.window = units, scale, dropout, window
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, log_sums, *kept = ctx.saved_tensors
+        heads, tokens, size = query.shape
+        shared, repeats = key.shape[0], heads // key.shape[0]
+        grouped = query.unflatten(0, (shared, repeats))
+        gradient = gradients[0].unflatten(1, (shared, repeats)).permute(1, 2, 0, 3)  # [M, R, S, D]
+        # sum over keys of weight * d weight: one number per query, whatever the unit.
+        means = (gradients[0] * output).sum(-1, keepdim=True).unflatten(1, (shared, repeats)).permute(1, 2, 0, 3)
+        d_query = query.new_empty(tokens, heads, size)
+        folded = d_query.view(tokens, shared, repeats, size).permute(1, 2, 0, 3)
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        for number, unit in enumerate(ctx.units):
+            weights = _scores(unit, grouped, key, ctx.scale, ctx.window)
+            weights.sub_(_fold(_take(log_sums, unit.queries))).exp_()
+            above = _fold(_take(gradient, unit.queries))
+            d_weights = torch.matmul(above, _take(value, unit.keys).mT)
+            if kept:
+                scaled = kept[number] / (1 - ctx.dropout)
+                d_weights.mul_(scaled)
+                _add(d_value, unit.keys, torch.matmul((weights * scaled).mT, above))
+            else:
+                _add(d_value, unit.keys, torch.matmul(weights.mT, above))
+            d_scores = d_weights.sub_(_fold(_take(means, unit.queries))).mul_(weights).mul_(ctx.scale)
+            _put(folded, unit, _unfold(torch.matmul(d_scores, _take(key, unit.keys)), repeats))
+            _add(d_key, unit.keys, torch.matmul(d_scores.mT, _fold(_take(grouped, unit.queries))))
+        return d_query.transpose(0, 1), d_key, d_value, None, None, None, None
+
+
+def _fold(values: Tensor) -> Tensor:
+    """[B, M, R, Q, D] -> [B, M, R*Q, D]."""
+    return values.flatten(2, 3)
+
+
+def _unfold(values: Tensor, repeats: int) -> Tensor:
+    """[B, M, R*Q, D] -> [B, M, R, Q, D]."""
+    return values.unflatten(2, (repeats, -1))
+
+
+def _scores(unit: Unit, grouped: Tensor, key: Tensor, scale: float, window: int | None) -> Tensor:
+    """[B, M, R*Q, K] scaled scores, -inf where nothing may be seen."""
+    scores = torch.matmul(_fold(_take(grouped, unit.queries)) * scale, _take(key, unit.keys).mT)
+    unit.hide(scores, window)
+    return scores
