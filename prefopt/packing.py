@@ -11,10 +11,13 @@ which all branches of the group share.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, chain, groupby, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,23 +131,55 @@ class PackedBatch:
         return makers
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        """The same batch on another device; itself when it is there already. Nothing waits for a GPU."""
+        device, here = torch.device(device), self.input_ids.device
+        if device.type == here.type and device.index in (None, here.index):
+            return self
         support = self.sampling.support
+        mappings = (self.roles, self.rows, self.data)
+        tensors = [self.input_ids, self.position_ids, self.predict, self.targets, self.scatter, self.last, self.mask]
+        tensors += [tensor for mapping in mappings for tensor in mapping.values()]
+        sent = iter(send_tensors([*tensors, *([] if support is None else [support])], device))
         return replace(
             self,
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            predict=move(self.predict),
-            targets=move(self.targets),
-            scatter=move(self.scatter),
-            last=move(self.last),
-            mask=move(self.mask),
-            roles={name: move(index) for name, index in self.roles.items()},
-            rows={name: move(values) for name, values in self.rows.items()},
-            data={name: move(values) for name, values in self.data.items()},
-            sampling=replace(self.sampling, support=None if support is None else move(support)),
+            input_ids=next(sent),
+            position_ids=next(sent),
+            predict=next(sent),
+            targets=next(sent),
+            scatter=next(sent),
+            last=next(sent),
+            mask=next(sent),
+            roles={name: next(sent) for name in self.roles},
+            rows={name: next(sent) for name in self.rows},
+            data={name: next(sent) for name in self.data},
+            sampling=replace(self.sampling, support=None if support is None else next(sent)),
         )
+
+
+# Kernels read aligned tensors faster, and compiled ones are compiled again when alignment changes.
+_ALIGNMENT = 128
+
+
+def send_tensors(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors on another device, as views of one buffer per type: fifteen small transfers would take fifteen launches.
+
+    To a GPU the buffers are pinned, so that the caller goes on while they travel; from a GPU the caller waits, because a
+    transfer under way would be read before it ends.
+    """
+    sent: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        own = [(number, tensor) for number, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        unit = _ALIGNMENT // dtype.itemsize
+        begins = list(accumulate((-(-tensor.numel() // unit) * unit for _, tensor in own), initial=0))
+        source = own[0][1].device
+        to_gpu = device.type == "cuda" and source.type == "cpu"
+        buffer = torch.empty(begins[-1], dtype=dtype, device=source, pin_memory=to_gpu)
+        for begin, (_, tensor) in zip(begins, own, strict=False):
+            buffer[begin : begin + tensor.numel()].copy_(tensor.reshape(-1))
+        there = buffer.to(device, non_blocking=to_gpu)
+        for begin, (number, tensor) in zip(begins, own, strict=False):
+            sent[number] = there[begin : begin + tensor.numel()].view(tensor.shape)
+    return [sent[number] for number in range(len(tensors))]
 
 
 def _same(values: Tensor) -> Tensor:
@@ -178,42 +213,36 @@ def pack(
         dtype: of masks and padded row tensors.
         sampling: the distribution that rollouts were drawn from.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    predict: list[int] = []
-    last: list[int] = []
-    lengths: list[int] = []
-    groups: list[Group] = []
-    for example in examples:
-        start, prompt = len(ids), len(example.prompt_ids)
-        ids.extend(example.prompt_ids)
-        positions.extend(range(prompt))
-        starts = [prompt]
-        for completion in example.completion_ids:
-            own = len(ids)
-            ids.extend(completion)
-            positions.extend(range(prompt, prompt + len(completion)))
-            predict.append(start + prompt - 1)
-            predict.extend(range(own, own + len(completion) - 1))
-            last.append(own + len(completion) - 1)
-            lengths.append(len(completion))
-            starts.append(starts[-1] + len(completion))
-        groups.append(Group(start, tuple(starts)))
-    width = max(lengths)
-    column = torch.arange(width)
-    valid = column < torch.tensor(lengths).unsqueeze(-1)
-    scatter = valid.flatten().nonzero().squeeze(-1)
-    packed = torch.tensor(ids)
-    follows = torch.tensor([p for example in examples for completion in example.completion_ids for p in completion])
+    prompts = np.array([len(example.prompt_ids) for example in examples])
+    counts = np.array([len(example.completion_ids) for example in examples])
+    lengths = np.array([len(completion) for example in examples for completion in example.completion_ids])  # [N]
+    ends = np.cumsum(lengths)
+    # Before row n stand the prompts of its own and earlier groups and all earlier completions.
+    begins = np.repeat(np.cumsum(prompts), counts) + ends - lengths
+    first_rows = np.cumsum(counts) - counts
+    starts = begins[first_rows] - prompts
+    size, scored, width = int(begins[-1] + lengths[-1]), int(ends[-1]), int(lengths.max())
+    pieces = chain.from_iterable((example.prompt_ids, *example.completion_ids) for example in examples)
+    ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int64, count=size)
+    column = np.arange(scored) - np.repeat(ends - lengths, lengths)
+    own = np.repeat(begins, lengths) + column  # packed position of each scored token
+    predict = own - 1
+    predict[ends - lengths] = np.repeat(starts + prompts - 1, counts)
+    positions = np.arange(size) - np.repeat(starts, np.diff(starts, append=size))
+    positions[own] = np.repeat(np.repeat(prompts, counts), lengths) + column
+    offsets = np.split(begins + lengths, first_rows[1:])
     return PackedBatch(
-        input_ids=packed,
-        position_ids=torch.tensor(positions),
-        groups=tuple(groups),
-        predict=torch.tensor(predict),
-        targets=follows,
-        scatter=scatter,
-        last=torch.tensor(last),
-        mask=valid.to(dtype),
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        groups=tuple(
+            Group(start, (prompt, *(end - start for end in row)))
+            for start, prompt, row in zip(starts.tolist(), prompts.tolist(), map(np.ndarray.tolist, offsets), strict=True)
+        ),
+        predict=torch.from_numpy(predict),
+        targets=torch.from_numpy(ids[own]),
+        scatter=torch.from_numpy(np.repeat(np.arange(len(lengths)) * width, lengths) + column),
+        last=torch.from_numpy(begins + lengths - 1),
+        mask=torch.from_numpy(np.arange(width) < lengths[:, None]).to(dtype),
         roles=roles(examples),
         rows={name: _pad(values, width, dtype) for name, values in (rows or {}).items()},
         data=data or {},
@@ -256,13 +285,29 @@ def group_roles(examples: Sequence[Example]) -> Mapping[str, Tensor]:
 
 
 def split_by_tokens(examples: Iterable[Example], budget: int) -> list[list[Example]]:
-    """Consecutive examples in parts of at most `budget` packed tokens; a single larger example is a part of its own."""
+    """Consecutive examples in as few parts of at most `budget` packed tokens as possible, the largest as small as possible.
+
+    A single example beyond the budget is a part of its own.
+    """
     parts: list[list[Example]] = []
-    used = 0
-    for example in examples:
-        if not parts or used + example.tokens > budget:
-            parts.append([])
-            used = 0
-        parts[-1].append(example)
-        used += example.tokens
+    for too_large, members in groupby(examples, key=lambda example: example.tokens > budget):
+        run = list(members)
+        parts.extend([[example] for example in run] if too_large else _split_evenly(run, budget))
     return parts
+
+
+def _split_evenly(examples: list[Example], budget: int) -> list[list[Example]]:
+    """`split_by_tokens` of examples that fit the budget, each."""
+    before = list(accumulate((example.tokens for example in examples), initial=0))
+
+    def bounds(limit: int) -> list[int]:
+        """Where parts begin and end when each takes as many examples as fit `limit`."""
+        found = [0]
+        while found[-1] < len(examples):
+            found.append(bisect_right(before, before[found[-1]] + limit) - 1)
+        return found
+
+    fewest = len(bounds(budget))
+    least = max(example.tokens for example in examples)  # a smaller limit would hold no part with the largest example
+    limit = bisect_left(range(least, budget), True, key=lambda limit: len(bounds(limit)) <= fewest) + least
+    return [examples[begin:end] for begin, end in pairwise(bounds(limit))]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from prefopt.packing import Group
+from prefopt.packing import Group, send_tensors
 
 BLOCK = 128
 # Sizes are powers of two from here on: five compilations for a budget of 8192 tokens. Only queries, keys and values are
@@ -98,7 +98,7 @@ def build_block_mask(groups: Sequence[Group], size: int, window: int | None, dev
     spans = visible_spans(groups, size, window)
     partial, full = visited_blocks(spans)
     tables = [part for dense in (partial, full, partial.T, full.T) for part in _ordered(dense)]
-    sent = _send([*spans, *tables], device)
+    sent = send_tensors([torch.from_numpy(np.ascontiguousarray(array)) for array in (*spans, *tables)], device)
     prompt_begin, prompt_end, own_begin = sent[:3]
     counts, indices = [t[None, None] for t in sent[3::2]], [t[None, None] for t in sent[4::2]]
 
@@ -124,17 +124,6 @@ def build_block_mask(groups: Sequence[Group], size: int, window: int | None, dev
 def _ordered(dense: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """[rows, columns] -> how many columns of each row are set, and the columns of each row, the set ones first."""
     return dense.sum(-1, dtype=np.int32), np.argsort(~dense, axis=-1, kind="stable").astype(np.int32)
-
-
-def _send(arrays: Sequence[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
-    """int32 arrays as tensors on the device, through one pinned buffer."""
-    # Each begins at a multiple of 128 bytes: kernels read aligned inputs faster, and compile again when alignment changes.
-    begins = np.cumsum([0, *(-(-array.size // 32) * 32 for array in arrays)])
-    flat = torch.empty(int(begins[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for begin, array in zip(begins, arrays, strict=False):
-        flat[begin : begin + array.size] = torch.from_numpy(np.ascontiguousarray(array)).flatten()
-    sent = flat.to(device, non_blocking=True)
-    return [sent[begin : begin + a.size].view(a.shape) for begin, a in zip(begins.tolist(), arrays, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -204,8 +193,9 @@ def build_flex_layout(groups: Sequence[Group], device: torch.device | str) -> Fl
     """The layout of a packed batch; compiled on a GPU, where the first batch of each size takes seconds."""
     device = torch.device(device)
     tokens = sum(group.length for group in groups)
-    kernel = compiled_kernel() if device.type == "cuda" else flex_attention
-    return FlexLayout(groups, tokens, padded_size(tokens), device, kernel, {})
+    if device.type == "cuda":
+        return FlexLayout(groups, tokens, padded_size(tokens), device, compiled_kernel(), {})
+    return FlexLayout(groups, tokens, padded_size(tokens), device, flex_attention, {})
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""FlexAttention's layout against the dense one: values, gradients, blocks, sizes; how often it compiles."""
+"""FlexAttention's layout against one dense mask: values, gradients, blocks, sizes; how often it compiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from prefopt.models import flex
-from prefopt.models.attention import GroupLayout, build_buckets
 from prefopt.packing import Group
 
 MODULE = torch.nn.Module()
@@ -85,14 +84,21 @@ def backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
-def attend(layout: flex.FlexLayout | GroupLayout, tensors: Sequence[Tensor], window: int | None) -> Tensor:
+def attend(layout: flex.FlexLayout, tensors: Sequence[Tensor], window: int | None) -> Tensor:
     query, key, value = tensors
     return layout.attend(MODULE, query, key, value, scale=None, dropout=0.0, window=window)
 
 
+def attend_densely(groups: Sequence[Group], tensors: Sequence[Tensor], window: int | None) -> Tensor:
+    query, key, value = tensors
+    mask = dense_mask(groups, query.shape[1], window)
+    key, value = (t.repeat_interleave(query.shape[0] // t.shape[0], dim=0) for t in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(0, 1)
+
+
 @pytest.mark.usefixtures("backward_on_cpu")
 @pytest.mark.parametrize(("heads", "shared", "width"), [(4, 4, 16), (4, 2, 24), (9, 3, 8)])
-def test_values_and_gradients_equal_the_dense_layout(heads: int, shared: int, width: int) -> None:
+def test_values_and_gradients_equal_dense_attention(heads: int, shared: int, width: int) -> None:
     """Every head shared by none, two and three; a head size below the kernel's least one."""
 
     @settings(max_examples=6, deadline=None)
@@ -106,11 +112,9 @@ def test_values_and_gradients_equal_the_dense_layout(heads: int, shared: int, wi
             for n in (heads, shared, shared)
         ]
         direction = torch.randn(tokens, heads, width, generator=generator, dtype=torch.float64)
-        outputs = []
-        for layout in (flex.build_flex_layout(groups, "cpu"), GroupLayout(build_buckets(groups))):
-            out = attend(layout, inputs, window)
-            outputs.append((out, *torch.autograd.grad((out * direction).sum(), inputs)))
-        for got, expected in zip(*outputs, strict=True):
+        outputs = [attend(flex.build_flex_layout(groups, "cpu"), inputs, window), attend_densely(groups, inputs, window)]
+        results = [(out, *torch.autograd.grad((out * direction).sum(), inputs)) for out in outputs]
+        for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
     check()
@@ -139,7 +143,7 @@ def test_one_compilation_per_size() -> None:
         inputs = [torch.randn(2, tokens, 16) for _ in range(3)]
         with torch.no_grad():
             got = attend(layout, inputs, window)
-        expected = attend(GroupLayout(build_buckets(groups)), inputs, window)
+        expected = attend_densely(groups, inputs, window)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert compilations == 1
     torch.compiler.reset()
