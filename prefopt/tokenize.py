@@ -6,16 +6,21 @@ holds the scored tokens and nothing else, so nothing later looks for pad or EOS 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
-import numpy as np
-
-from prefopt.data.read_report import DropCounter, Dropped, LengthBaseline, describe_drops
+from prefopt.data.read_report import DropCounter, LengthCounter, describe_drops
 from prefopt.data.records import Example, Message, Record
 from prefopt.data.rows import common_prefix, safe
+from prefopt.data.token_report import Lengths, TokenReport
 from prefopt.errors import ConfigError, DataError
+
+BATCH = 1_000
+"""Records that are encoded in one call: enough for the tokenizer's threads, a few megabytes of ids."""
 
 
 class Tokenizer(Protocol):
@@ -31,66 +36,23 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Quantiles of a length in tokens."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    max: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int]) -> Lengths:
-        p50, p90, p99 = (float(q) for q in np.quantile(lengths, (0.5, 0.9, 0.99)))
-        return cls(float(np.mean(lengths)), p50, p90, p99, max(lengths))
-
-
-@dataclass(frozen=True)
-class TokenReport:
-    """What tokenising found.
-
-    Args:
-        rows: records that came in.
-        kept: examples that came out.
-        dropped: the difference, by reason.
-        prompts_truncated, prompt_tokens_cut: prompts cut on the left, and the tokens that went.
-        completions_truncated, completion_tokens_cut: completions cut on the right (their EOS goes too), and the tokens.
-        boundary_merges: records where the tokenizer merges the end of the prompt with the beginning of a completion, so
-            that the end of the prompt is scored with the completions.
-        lengths: of what came out, EOS included, by part: prompt; chosen and rejected; completion; completion 0, 1, … of
-            rankings.
-        length_baseline: in tokens, over pairs; None without pairs.
-    """
-
-    rows: int
-    kept: int
-    dropped: tuple[Dropped, ...]
-    prompts_truncated: int
-    prompt_tokens_cut: int
-    completions_truncated: int
-    completion_tokens_cut: int
-    boundary_merges: int
-    lengths: Mapping[str, Lengths]
-    length_baseline: LengthBaseline | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Tokenized:
     """Examples in the order of their records, and the report."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     report: TokenReport
 
 
 def tokenize(
     records: Sequence[Record], tokenizer: Tokenizer, *, max_length: int, max_completion_length: int | None = None
 ) -> Tokenized:
-    """Turns records into token ids.
+    """Turns records into token ids, in memory; `prefopt.data.token_store` keeps them on disk. See `Tokenizing`."""
+    work = Tokenizing(tokenizer, max_length=max_length, max_completion_length=max_completion_length)
+    return Tokenized(list(work.examples(records)), work.report())
+
+
+class Tokenizing:
+    """Turns records into token ids, batch by batch: memory holds one batch and four bytes per sequence for the report.
 
     Text: the prompt is what the tokenisations of the prompt and of prompt + completion begin with, for all K
     completions; EOS is appended as an id; a BOS stands in front if the tokenizer adds one. Conversations: the same with
@@ -102,34 +64,169 @@ def tokenize(
     would leave too little prompt (the report shows how many prompts were cut).
 
     Args:
-        records: text or conversations.
         tokenizer: of transformers.
         max_length: limit for prompt + completion, in tokens; at least 2.
         max_completion_length: limit for a completion, EOS included; from 1 to max_length - 1.
 
     Raises:
-        ConfigError: a limit out of range; a tokenizer without EOS, or without a chat template where one is needed.
-        DataError: a prompt without any token, or no record left.
+        ConfigError: a limit out of range, or a tokenizer without EOS.
     """
-    if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}; prompt and completion need at least one token each: give 2 or more.")
-    limit = max_length - 1 if max_completion_length is None else max_completion_length
-    if not 1 <= limit < max_length:
-        raise ConfigError(
-            f"max_completion_length is {limit}; it must be from 1 to max_length - 1 = {max_length - 1}, so that some prompt "
-            "stays."
+
+    def __init__(self, tokenizer: Tokenizer, *, max_length: int, max_completion_length: int | None = None) -> None:
+        if max_length < 2:
+            raise ConfigError(
+                f"max_length is {max_length}; prompt and completion need at least one token each: give 2 or more."
+            )
+        limit = max_length - 1 if max_completion_length is None else max_completion_length
+        if not 1 <= limit < max_length:
+            raise ConfigError(
+                f"max_completion_length is {limit}; it must be from 1 to max_length - 1 = {max_length - 1}, so that some "
+                "prompt stays."
+            )
+        self._tokenizer, self._eos, self._max_length, self._limit = tokenizer, _eos_id(tokenizer), max_length, limit
+        self._ending: str | None = None
+        self._bos: tuple[int, ...] | None = None
+        self._rows = self._merges = 0
+        self._prompts_truncated = self._prompt_cut = self._completions_truncated = self._completion_cut = 0
+        self._drops = DropCounter()
+        self._lengths: dict[str, array[int]] = {}
+        self._baseline = LengthCounter()
+
+    def examples(self, records: Sequence[Record], on_progress: Callable[[int, int], None] | None = None) -> Iterator[Example]:
+        """Examples in the order of their records. While one batch becomes examples, the next is encoded in a thread.
+
+        Args:
+            records: text or conversations; read once, in order.
+            on_progress: called with (done, total) records.
+
+        Raises:
+            ConfigError: conversations, but the tokenizer has no chat template.
+            DataError: a prompt without any token, or no record left.
+        """
+        kept = 0
+        source = iter(records)
+        with ThreadPoolExecutor(1) as thread:
+            waiting: tuple[list[_Rendered], Future[list[list[int]]]] | None = None
+            while True:
+                batch = list(islice(source, BATCH))
+                rendered = self._render(batch)
+                following = (rendered, thread.submit(self._encode, rendered)) if batch else None
+                for row, ids in _grouped(waiting):
+                    example = self._example(row, ids)
+                    if example is not None:
+                        kept += 1
+                        yield example
+                if waiting is not None and on_progress is not None:
+                    on_progress(self._rows - len(batch), len(records))
+                if following is None:
+                    break
+                waiting = following
+        if not kept:
+            raise DataError(f"no record is left after tokenising. Left out: {describe_drops(self._drops.result())}.")
+
+    def report(self) -> TokenReport:
+        """Counts over all examples so far."""
+        return TokenReport(
+            rows=self._rows,
+            kept=len(self._lengths["prompt"]),
+            dropped=self._drops.result(),
+            prompts_truncated=self._prompts_truncated,
+            prompt_tokens_cut=self._prompt_cut,
+            completions_truncated=self._completions_truncated,
+            completion_tokens_cut=self._completion_cut,
+            boundary_merges=self._merges,
+            lengths={name: Lengths.of(lengths) for name, lengths in self._lengths.items()},
+            length_baseline=self._baseline.result(),
         )
-    work = _Work(len(records), _eos_id(tokenizer), max_length, limit)
-    rendered = list(_render(records, tokenizer, work))
-    bos = _leading_special_ids(tokenizer) if any(isinstance(r.record.prompt, str) for r in rendered) else ()
-    for row, prompt_ids, full_ids in _encode(rendered, tokenizer):
-        lead = bos if isinstance(row.record.prompt, str) else ()
-        example = work.example(row, [*lead, *prompt_ids], [[*lead, *ids] for ids in full_ids], len(lead))
-        if example is not None:
-            work.examples.append(example)
-    if not work.examples:
-        raise DataError(f"no record is left after tokenising. Left out: {describe_drops(work.drops.result())}.")
-    return Tokenized(work.examples, work.report())
+
+    def _render(self, records: Sequence[Record]) -> list[_Rendered]:
+        """Records as texts; those that the chat template refuses are dropped."""
+        self._rows += len(records)
+        rendered = []
+        for record in records:
+            if isinstance(record.prompt, str):
+                full = tuple(record.prompt + str(text) for text in record.completions)
+                rendered.append(_Rendered(record, record.prompt, full, (False,) * len(full)))
+                continue
+            if self._ending is None:
+                self._ending = _end_of_turn(self._tokenizer, record.id)
+            try:
+                prompt = self._tokenizer.apply_chat_template(list(record.prompt), tokenize=False, add_generation_prompt=True)
+                whole = [_conversation(self._tokenizer, record.prompt, text, self._ending) for text in record.completions]
+            except _template_errors() as error:
+                self._drops.add(f"the chat template refuses the conversation: {safe(error, 80)}", record.id)
+                continue
+            rendered.append(_Rendered(record, prompt, tuple(text for text, _ in whole), tuple(ended for _, ended in whole)))
+        return rendered
+
+    def _encode(self, rows: Sequence[_Rendered]) -> list[list[int]]:
+        """Ids of prompt, prompt + completion 0, … of every row, with the BOS of texts."""
+        if not rows:
+            return []
+        if self._bos is None and any(isinstance(row.record.prompt, str) for row in rows):
+            self._bos = _leading_special_ids(self._tokenizer)
+        ids = _ids(self._tokenizer, [text for row in rows for text in (row.prompt, *row.full)])
+        if self._bos:
+            leads = [self._lead(row) for row in rows for _ in (row.prompt, *row.full)]
+            return [[*lead, *own] for lead, own in zip(leads, ids, strict=True)]
+        return ids
+
+    def _lead(self, row: _Rendered) -> tuple[int, ...]:
+        """The special tokens that a row begins with: a chat template writes its own."""
+        return self._bos or () if isinstance(row.record.prompt, str) else ()
+
+    def _example(self, row: _Rendered, encoded: list[list[int]]) -> Example | None:
+        """Finds the boundary, ends and cuts; None when the row is dropped. `encoded`: of the prompt and each whole text."""
+        record = row.record
+        prompt, *full = encoded
+        if not prompt:
+            raise DataError(
+                f"{record.id}: the prompt has no token, and the tokenizer adds no BOS; a completion needs one before it."
+            )
+        boundary = min(common_prefix(prompt, ids) for ids in full)
+        if boundary == 0:
+            self._drops.add("the whole prompt merges with a completion", record.id)
+            return None
+        self._merges += boundary < len(prompt)
+        completions = [ids[boundary:] for ids in full]
+        completions = [
+            ids if ended or ids[-1:] == [self._eos] else [*ids, self._eos]
+            for ids, ended in zip(completions, row.ended, strict=True)
+        ]
+        if self._same(record, completions, "identical after tokenising"):
+            return None
+        cut = [ids[: self._limit] for ids in completions]
+        if self._same(record, cut, "identical after truncation"):
+            return None
+        self._completions_truncated += sum(len(ids) > self._limit for ids in completions)
+        self._completion_cut += sum(len(ids) - len(short) for ids, short in zip(completions, cut, strict=True))
+        prompt = self._cut_prompt(prompt[:boundary], self._max_length - max(map(len, cut)), len(self._lead(row)))
+        example = Example(record.id, tuple(prompt), tuple(map(tuple, cut)), record.labels)
+        self._measure(example)
+        return example
+
+    def _same(self, record: Record, completions: list[list[int]], reason: str) -> bool:
+        same = record.labels.ranks is not None and len(completions) == 2 and completions[0] == completions[1]
+        if same:
+            self._drops.add(reason, record.id)
+        return same
+
+    def _cut_prompt(self, prompt: list[int], room: int, lead: int) -> list[int]:
+        excess = len(prompt) - room
+        if excess <= 0:
+            return prompt
+        self._prompts_truncated += 1
+        self._prompt_cut += excess
+        # Many models degrade without the BOS that they were trained with; it stays unless it would be all that stays.
+        start = lead if lead < room else 0
+        return prompt[:start] + prompt[start + excess :]
+
+    def _measure(self, example: Example) -> None:
+        lengths = [len(ids) for ids in example.completion_ids]
+        for name, length in zip(("prompt", *_part_names(example)), (len(example.prompt_ids), *lengths), strict=True):
+            self._lengths.setdefault(name, array("I")).append(length)
+        if example.labels.ranks == (0, 1):
+            self._baseline.add(*lengths)
 
 
 def check_vocabulary(examples: Iterable[Example], vocab_size: int) -> None:
@@ -159,79 +256,6 @@ class _Rendered:
     prompt: str
     full: tuple[str, ...]
     ended: tuple[bool, ...]
-
-
-class _Work:
-    """Counts while examples are made."""
-
-    def __init__(self, rows: int, eos: int, max_length: int, limit: int) -> None:
-        self.rows, self.eos, self.max_length, self.limit = rows, eos, max_length, limit
-        self.examples: list[Example] = []
-        self.drops = DropCounter()
-        self.merges = 0
-        self.prompts_truncated = self.prompt_cut = self.completions_truncated = self.completion_cut = 0
-
-    def example(self, row: _Rendered, prompt: list[int], full: list[list[int]], lead: int) -> Example | None:
-        """Finds the boundary, ends and cuts. `lead`: how many special tokens the prompt begins with. None: dropped."""
-        record = row.record
-        if not prompt:
-            raise DataError(
-                f"{record.id}: the prompt has no token, and the tokenizer adds no BOS; a completion needs one before it."
-            )
-        boundary = min(common_prefix(prompt, ids) for ids in full)
-        if boundary == 0:
-            self.drops.add("the whole prompt merges with a completion", record.id)
-            return None
-        self.merges += boundary < len(prompt)
-        completions = [ids[boundary:] for ids in full]
-        completions = [
-            ids if ended or ids[-1:] == [self.eos] else [*ids, self.eos]
-            for ids, ended in zip(completions, row.ended, strict=True)
-        ]
-        if self._same(record, completions, "identical after tokenising"):
-            return None
-        cut = [ids[: self.limit] for ids in completions]
-        if self._same(record, cut, "identical after truncation"):
-            return None
-        self.completions_truncated += sum(len(ids) > self.limit for ids in completions)
-        self.completion_cut += sum(len(ids) - len(short) for ids, short in zip(completions, cut, strict=True))
-        prompt = self._cut_prompt(prompt[:boundary], self.max_length - max(map(len, cut)), lead)
-        return Example(record.id, tuple(prompt), tuple(map(tuple, cut)), record.labels)
-
-    def _same(self, record: Record, completions: list[list[int]], reason: str) -> bool:
-        same = record.labels.ranks is not None and len(completions) == 2 and completions[0] == completions[1]
-        if same:
-            self.drops.add(reason, record.id)
-        return same
-
-    def _cut_prompt(self, prompt: list[int], room: int, lead: int) -> list[int]:
-        excess = len(prompt) - room
-        if excess <= 0:
-            return prompt
-        self.prompts_truncated += 1
-        self.prompt_cut += excess
-        # Many models degrade without the BOS that they were trained with; it stays unless it would be all that stays.
-        start = lead if lead < room else 0
-        return prompt[:start] + prompt[start + excess :]
-
-    def report(self) -> TokenReport:
-        parts: dict[str, list[int]] = {"prompt": [len(example.prompt_ids) for example in self.examples]}
-        for example in self.examples:
-            for name, ids in zip(_part_names(example), example.completion_ids, strict=True):
-                parts.setdefault(name, []).append(len(ids))
-        pairs = ((len(e.completion_ids[0]), len(e.completion_ids[1])) for e in self.examples if e.labels.ranks == (0, 1))
-        return TokenReport(
-            rows=self.rows,
-            kept=len(self.examples),
-            dropped=self.drops.result(),
-            prompts_truncated=self.prompts_truncated,
-            prompt_tokens_cut=self.prompt_cut,
-            completions_truncated=self.completions_truncated,
-            completion_tokens_cut=self.completion_cut,
-            boundary_merges=self.merges,
-            lengths={name: Lengths.of(lengths) for name, lengths in parts.items()},
-            length_baseline=LengthBaseline.of(pairs),
-        )
 
 
 def _part_names(example: Example) -> tuple[str, ...]:
@@ -266,31 +290,14 @@ def _leading_special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(special[: starts[0]])
 
 
-def _encode(rows: list[_Rendered], tokenizer: Tokenizer) -> Iterator[tuple[_Rendered, list[int], list[list[int]]]]:
-    """(row, prompt ids, ids of prompt + completion for each completion), without special tokens of the tokenizer's own."""
-    if not rows:
+def _grouped(encoded: tuple[list[_Rendered], Future[list[list[int]]]] | None) -> Iterator[tuple[_Rendered, list[list[int]]]]:
+    """Each row with its own ids, once they are there."""
+    if encoded is None:
         return
-    ids = iter(_ids(tokenizer, [text for row in rows for text in (row.prompt, *row.full)]))
+    rows, future = encoded
+    ids = iter(future.result())
     for row in rows:
-        yield row, next(ids), [next(ids) for _ in row.full]
-
-
-def _render(records: Sequence[Record], tokenizer: Tokenizer, work: _Work) -> Iterator[_Rendered]:
-    ending: str | None = None
-    for record in records:
-        if isinstance(record.prompt, str):
-            full = tuple(record.prompt + str(text) for text in record.completions)
-            yield _Rendered(record, record.prompt, full, (False,) * len(full))
-            continue
-        if ending is None:
-            ending = _end_of_turn(tokenizer, record.id)
-        try:
-            prompt = tokenizer.apply_chat_template(list(record.prompt), tokenize=False, add_generation_prompt=True)
-            whole = [_conversation(tokenizer, record.prompt, text, ending) for text in record.completions]
-        except _template_errors() as error:
-            work.drops.add(f"the chat template refuses the conversation: {safe(error, 80)}", record.id)
-            continue
-        yield _Rendered(record, prompt, tuple(text for text, _ in whole), tuple(ended for _, ended in whole))
+        yield row, list(islice(ids, 1 + len(row.full)))
 
 
 def _conversation(tokenizer: Tokenizer, prompt: tuple[Message, ...], completion: Any, ending: str) -> tuple[str, bool]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prefopt.data.records import Record
-from prefopt.data.rows import content
+import numpy as np
+
+from prefopt.data.records import Record, Text
 
 EXAMPLES = 5
 """How many row ids a report names for each reason."""
@@ -20,6 +24,10 @@ class Dropped:
     reason: str
     count: int
     examples: tuple[str, ...]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Dropped:
+        return cls(values["reason"], values["count"], tuple(values["examples"]))
 
 
 class DropCounter:
@@ -54,18 +62,25 @@ class LengthBaseline:
     shorter: int
     ties: int
 
-    @classmethod
-    def of(cls, lengths: Iterable[tuple[int, int]]) -> LengthBaseline | None:
-        """From (preferred, other) lengths; None without pairs."""
-        counts = {1: 0, -1: 0, 0: 0}
-        for preferred, other in lengths:
-            counts[(preferred > other) - (preferred < other)] += 1
-        return cls(counts[1], counts[-1], counts[0]) if sum(counts.values()) else None
-
     @property
     def longer_wins(self) -> float:
         """Accuracy of "the longer completion is preferred"; a tie counts as half."""
         return (self.longer + self.ties / 2) / (self.longer + self.shorter + self.ties)
+
+
+class LengthCounter:
+    """Counts for a `LengthBaseline`, pair by pair."""
+
+    def __init__(self) -> None:
+        self._counts = {1: 0, -1: 0, 0: 0}
+
+    def add(self, preferred: int, other: int) -> None:
+        self._counts[(preferred > other) - (preferred < other)] += 1
+
+    def result(self) -> LengthBaseline | None:
+        """None without pairs."""
+        counts = self._counts
+        return LengthBaseline(counts[1], counts[-1], counts[0]) if sum(counts.values()) else None
 
 
 def is_pair(record: Record) -> bool:
@@ -95,6 +110,11 @@ class FileReport:
     dropped: tuple[Dropped, ...]
     ignored_columns: tuple[str, ...]
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FileReport:
+        drops = tuple(map(Dropped.from_dict, values["dropped"]))
+        return cls(**{**values, "dropped": drops, "ignored_columns": tuple(values["ignored_columns"])})
+
 
 @dataclass(frozen=True)
 class SourceReport:
@@ -103,6 +123,12 @@ class SourceReport:
     name: str
     files: tuple[FileReport, ...]
     length_baseline: LengthBaseline | None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SourceReport:
+        baseline = values["length_baseline"]
+        files = tuple(map(FileReport.from_dict, values["files"]))
+        return cls(values["name"], files, LengthBaseline(**baseline) if baseline else None)
 
 
 @dataclass(frozen=True)
@@ -129,24 +155,51 @@ class ReadReport:
         """Plain values, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ReadReport:
+        """The inverse of `as_dict`, also after JSON has turned tuples into lists."""
+        return cls(**{**values, "sources": tuple(map(SourceReport.from_dict, values["sources"]))})
 
-def source_report(name: str, files: Sequence[FileReport], records: Iterable[Record]) -> SourceReport:
-    """Joins the files of a source and measures the length baseline of its records."""
-    lengths = ((len(content(r.completions[0])), len(content(r.completions[1]))) for r in records if is_pair(r))
-    return SourceReport(name, tuple(files), LengthBaseline.of(lengths))
 
+class ReadCounter:
+    """Counts for a `ReadReport`, record by record; of each it keeps three 64-bit digests."""
 
-def read_report(sources: Sequence[SourceReport], records: Sequence[Record]) -> ReadReport:
-    """Counts over all sources."""
-    kinds: dict[str, int] = {}
-    labels: dict[str, int] = {}
-    for record in records:
-        kinds[_kind(record)] = kinds.get(_kind(record), 0) + 1
+    def __init__(self) -> None:
+        self._kinds: dict[str, int] = {}
+        self._labels: dict[str, int] = {}
+        self._identities = array("Q")
+        # What is ordered (or labelled), and how.
+        self._groups, self._orders = array("Q"), array("Q")
+
+    def add(self, record: Record) -> None:
+        kind = _kind(record)
+        self._kinds[kind] = self._kinds.get(kind, 0) + 1
         for name in ("soft_label", "margin", "scores"):
             if getattr(record.labels, name) is not None:
-                labels[name] = labels.get(name, 0) + 1
-    duplicates, contradictions = _repeats(records)
-    return ReadReport(tuple(sources), len(records), kinds, labels, duplicates, contradictions)
+                self._labels[name] = self._labels.get(name, 0) + 1
+        prompt, completions = _digest(record.prompt), [_digest(text) for text in record.completions]
+        joined = b"".join(completions)
+        self._identities.append(_number(b"row", prompt, joined, repr(record.labels).encode()))
+        if is_pair(record):
+            self._groups.append(_number(b"pair", prompt, *sorted(completions)))
+            self._orders.append(_number(joined))
+        elif record.labels.desirable is not None:
+            self._groups.append(_number(b"label", prompt, joined))
+            self._orders.append(int(record.labels.desirable))
+
+    def result(self, sources: Sequence[SourceReport]) -> ReadReport:
+        """Counts over all records that were added."""
+        identities = np.array(self._identities, dtype=np.uint64)
+        ordered = np.stack([np.array(column, dtype=np.uint64) for column in (self._groups, self._orders)], axis=1)
+        _, orders_of = np.unique(np.unique(ordered, axis=0)[:, 0], return_counts=True)
+        return ReadReport(
+            sources=tuple(sources),
+            records=len(identities),
+            kinds=self._kinds,
+            labels=self._labels,
+            duplicates=len(identities) - len(np.unique(identities)),
+            contradictions=int((orders_of > 1).sum()),
+        )
 
 
 def _kind(record: Record) -> str:
@@ -157,23 +210,11 @@ def _kind(record: Record) -> str:
     return "plain" if record.labels.desirable is None else "labelled"
 
 
-def _repeats(records: Sequence[Record]) -> tuple[int, int]:
-    """(duplicates, contradictions), as `ReadReport` defines them."""
-    seen: set[object] = set()
-    orders: dict[object, set[object]] = {}
-    duplicates = 0
-    for record in records:
-        prompt, completions, labels = _frozen(record.prompt), tuple(map(_frozen, record.completions)), record.labels
-        identity = (prompt, completions, labels)
-        duplicates += identity in seen
-        seen.add(identity)
-        if is_pair(record):
-            orders.setdefault((prompt, frozenset(completions)), set()).add(completions)
-        elif labels.desirable is not None:
-            orders.setdefault((prompt, completions), set()).add(labels.desirable)
-    return duplicates, sum(len(found) > 1 for found in orders.values())
+def _digest(text: Text) -> bytes:
+    """16 bytes; text and a conversation never agree."""
+    content = b"t" + text.encode() if isinstance(text, str) else b"c" + json.dumps(text).encode()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _frozen(text: Any) -> object:
-    """Messages are dicts, which have no hash."""
-    return text if isinstance(text, str) else tuple((message["role"], message["content"]) for message in text)
+def _number(*parts: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "big")

@@ -6,8 +6,9 @@ AI-labelled pair K=2 with a soft label. `Record` is text as read; `Example` the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class Message(TypedDict):
@@ -38,6 +39,23 @@ class Labels:
     soft_label: float | None = None
     margin: float | None = None
     scores: tuple[float, ...] | None = None
+
+    def as_list(self) -> list[Any] | None:
+        """Plain values for JSON; None when nothing is known."""
+        values = [self.ranks, self.desirable, self.soft_label, self.margin, self.scores]
+        return values if any(value is not None for value in values) else None
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any] | None) -> Labels:
+        """The inverse of `as_list`, also after JSON has turned tuples into lists."""
+        if values is None:
+            return cls()
+        ranks, desirable, soft_label, margin, scores = values
+        return cls(_tuple(ranks), desirable, soft_label, margin, _tuple(scores))
+
+
+def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from prefopt.data.read_report import Dropped, LengthBaseline, ReadReport
 from prefopt.data.roles import ROLES, RoleReport
-from prefopt.tokenize import TokenReport
+from prefopt.data.token_report import TokenReport
 
 
 @dataclass(frozen=True)

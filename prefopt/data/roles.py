@@ -1,17 +1,22 @@
 """Roles of rows: policy, tuning, judge and test, by a hash of each row's key (its first human turn).
 
 A row's role depends on its own key only, so it does not change with the order of the rows or with other rows. The one
-exception: rows whose key stands in a test split are removed from the other roles.
+exception: rows whose key stands in a test split are removed from the other roles. All of it works on digests of keys
+(`prefopt.data.keys`), so records on disk stay there.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from prefopt.data.keys import Keys, draw_points
+from prefopt.data.record_store import Records
 from prefopt.data.records import Record
 from prefopt.errors import ConfigError, DataError
 
@@ -63,12 +68,12 @@ class RoleReport:
 
 @dataclass(frozen=True)
 class Split:
-    """Records by role, each in the order in which they were read."""
+    """Records by role, each in the order in which they were read. Records on disk are selections of it."""
 
-    policy: tuple[Record, ...]
-    tuning: tuple[Record, ...]
-    judge: tuple[Record, ...]
-    test: tuple[Record, ...]
+    policy: Sequence[Record]
+    tuning: Sequence[Record]
+    judge: Sequence[Record]
+    test: Sequence[Record]
     report: RoleReport
 
 
@@ -78,19 +83,32 @@ def role_of(key: str, shares: Shares, *, official_test: bool) -> Role:
     Those keys that would have been test rows are then spread over the other roles by a second hash: all other keys have
     one role whether or not their source has a test split, and sources that share keys agree.
     """
-    role = _draw(f"role:{key}", {role: getattr(shares, role) for role in ROLES})
-    if official_test and role == "test":
-        return _draw(f"instead:{key}", {role: getattr(shares, role) for role in ROLES if role != "test"})
-    return role
+    draws, redraws = (np.array([point], dtype=np.uint64) for point in draw_points(key))
+    return ROLES[int(_roles(draws, redraws, np.array([official_test]), shares)[0])]
 
 
-def _draw(text: str, weights: Mapping[Role, float]) -> Role:
-    point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 * sum(weights.values())
+def _roles(
+    draws: NDArray[np.uint64], redraws: NDArray[np.uint64], no_test: NDArray[np.bool_], shares: Shares
+) -> NDArray[np.int8]:
+    """[n] positions in ROLES. `no_test`: where "test" is not drawn."""
+    weights = {role: getattr(shares, role) for role in ROLES}
+    roles = _draw(draws, weights)
+    again = no_test & (roles == ROLES.index("test"))
+    roles[again] = _draw(redraws[again], {role: weight for role, weight in weights.items() if role != "test"})
+    return roles
+
+
+def _draw(points: NDArray[np.uint64], weights: Mapping[Role, float]) -> NDArray[np.int8]:
+    rest = points.astype(np.float64) / 2**64 * sum(weights.values())
+    # A point that rounding leaves on the upper end goes to the largest role.
+    roles = np.full(len(points), ROLES.index(max(weights, key=lambda role: weights[role])), dtype=np.int8)
+    free = np.ones(len(points), dtype=bool)
     for role, weight in weights.items():
-        point -= weight
-        if point < 0 and weight > 0:
-            return role
-    return max(weights, key=lambda role: weights[role])  # rounding left the point on the upper end
+        rest -= weight
+        hit = free & (rest < 0) & (weight > 0)
+        roles[hit] = ROLES.index(role)
+        free &= ~hit
+    return roles
 
 
 def split_roles(records: Sequence[Record], shares: Shares | None = None) -> Split:
@@ -103,25 +121,23 @@ def split_roles(records: Sequence[Record], shares: Shares | None = None) -> Spli
         DataError: a record without a key, or a key in two roles.
     """
     shares = shares or Shares()
-    for record in records:
-        if not record.key:
-            raise DataError(f"{record.id}: the record has no key to split by; `prefopt.data.hh.record_key` makes one.")
-    with_test = {record.source for record in records if record.official_test}
-    roles: dict[Role, list[Record]] = {role: [] for role in ROLES}
-    for record in records:
-        role = "test" if record.official_test else role_of(record.key, shares, official_test=record.source in with_test)
-        roles[role].append(record)
-    test_keys = {record.key for record in roles["test"]}
-    kept = {role: tuple(r for r in rows if role == "test" or r.key not in test_keys) for role, rows in roles.items()}
+    keys = _keys(records)
+    with_test = np.unique(keys.sources[keys.official_test])
+    roles = _roles(keys.draws, keys.redraws, np.isin(keys.sources, with_test), shares)
+    test = ROLES.index("test")
+    roles[keys.official_test] = test
+    removed = (roles != test) & np.isin(keys.draws, keys.draws[roles == test])
+    positions = {role: np.flatnonzero((roles == i) & ~removed) for i, role in enumerate(ROLES)}
+    kept: dict[Role, Sequence[Record]] = {role: _select(records, chosen) for role, chosen in positions.items()}
     report = RoleReport(
-        rows={role: len(rows) for role, rows in kept.items()},
-        keys={role: len({record.key for record in rows}) for role, rows in kept.items()},
-        official_test_sources=tuple(sorted(with_test)),
-        removed=len(records) - sum(len(rows) for rows in kept.values()),
+        rows={role: len(chosen) for role, chosen in positions.items()},
+        keys={role: len(np.unique(keys.draws[chosen])) for role, chosen in positions.items()},
+        official_test_sources=tuple(sorted(keys.source_names[i] for i in with_test)),
+        removed=int(removed.sum()),
         shared_keys=verify_disjoint(kept),
         near_duplicates=near_duplicates(kept),
     )
-    return Split(**kept, report=report)
+    return Split(kept["policy"], kept["tuning"], kept["judge"], kept["test"], report)
 
 
 def verify_disjoint(roles: Mapping[Role, Sequence[Record]]) -> int:
@@ -130,23 +146,40 @@ def verify_disjoint(roles: Mapping[Role, Sequence[Record]]) -> int:
     Raises:
         DataError: there are some; the message names rows.
     """
-    first: dict[str, tuple[Role, str]] = {}
-    shared: dict[str, str] = {}
-    for role, rows in roles.items():
-        for record in rows:
-            other, row_id = first.setdefault(record.key, (role, record.id))
-            if other != role:
-                shared.setdefault(record.key, f"{row_id} ({other}) and {record.id} ({role})")
-    if shared:
-        raise DataError(f"{len(shared)} first turns stand in more than one role, for example {next(iter(shared.values()))}.")
-    return len(shared)
+    places = [(role, row) for role, row in roles.items()]
+    draws = np.concatenate([_keys(rows).draws for _, rows in places])
+    sizes = [len(rows) for _, rows in places]
+    owner = np.repeat(np.arange(len(places)), sizes)
+    position = np.concatenate([np.arange(size) for size in sizes])
+    _, first, key = np.unique(draws, return_index=True, return_inverse=True)
+    clash = np.flatnonzero(owner != owner[first][key])
+    if len(clash):
+
+        def name(at: int) -> str:
+            role, rows = places[owner[at]]
+            return f"{rows[int(position[at])].id} ({role})"
+
+        raise DataError(
+            f"{len(np.unique(key[clash]))} first turns stand in more than one role, for example "
+            f"{name(first[key[clash[0]]])} and {name(clash[0])}."
+        )
+    return 0
 
 
-def near_duplicates(roles: Mapping[Role, Iterable[Record]]) -> dict[str, int]:
+def near_duplicates(roles: Mapping[Role, Sequence[Record]]) -> dict[str, int]:
     """First turns that two roles share when only lower-cased letters and digits count, by pair of roles."""
-    forms = {role: {form for record in rows if (form := _letters(record.key))} for role, rows in roles.items()}
-    return {f"{one}/{other}": len(forms[one] & forms[other]) for one, other in combinations(forms, 2)}
+    forms = {role: np.unique(_keys(rows).forms) for role, rows in roles.items()}
+    shared = {
+        f"{one}/{other}": np.intersect1d(forms[one], forms[other], assume_unique=True) for one, other in combinations(forms, 2)
+    }
+    return {pair: int((found != 0).sum()) for pair, found in shared.items()}
 
 
-def _letters(key: str) -> str:
-    return "".join(char for char in key.lower() if char.isalnum())
+def _keys(records: Sequence[Record]) -> Keys:
+    return records.keys if isinstance(records, Records) else Keys.of(records)
+
+
+def _select(records: Sequence[Record], positions: NDArray[np.int64]) -> Sequence[Record]:
+    if isinstance(records, Records):
+        return records.select(positions)
+    return tuple(records[i] for i in positions)

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
+import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from rich.console import Console
+
+from prefopt.data import hh, keys, read_report, record_store, records, rows, trl_formats
 from prefopt.data.hh import record_key, to_chat
 from prefopt.data.hub import hub_splits, is_hub_id
 from prefopt.data.read_report import (
     DropCounter,
     FileReport,
+    LengthCounter,
+    ReadCounter,
     ReadReport,
     SourceReport,
     describe_drops,
-    read_report,
-    source_report,
+    is_pair,
 )
+from prefopt.data.record_store import Part, Records, RecordWriter, open_records
 from prefopt.data.records import Record
-from prefopt.data.rows import BadRow, MixedFormats, safe
+from prefopt.data.rows import BadRow, MixedFormats, content, safe
+from prefopt.data.store_files import code_digest, content_address, new_folder, open_folder
 from prefopt.data.trl_formats import Format, Style, parse, unused_columns
 from prefopt.errors import ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 OnBadRow = Literal["drop", "error"]
 _Row = tuple[int, Mapping[str, Any] | BadRow]
+# What decides how a file is read: other code means another folder in the cache.
+_CODE = (sys.modules[__name__], hh, keys, read_report, record_store, records, rows, trl_formats)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Records in the order of their sources, and what reading found."""
+    """Records in the order of their sources, on disk, and what reading found."""
 
-    records: tuple[Record, ...]
+    records: Records
     report: ReadReport
 
 
@@ -49,31 +60,44 @@ class _Options:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A file or a hub split: its name in row ids, whether it is an official test split, its rows."""
+class _Rows:
+    """A part and its rows, read as they are asked for."""
 
-    name: str
-    official_test: bool
+    part: Part
     rows: Iterator[_Row]
 
 
-def load(sources: Sequence[str], *, on_bad_row: OnBadRow = "drop", as_chat: bool = False, limit: int | None = None) -> Loaded:
+def load(
+    sources: Sequence[str],
+    *,
+    on_bad_row: OnBadRow = "drop",
+    as_chat: bool = False,
+    limit: int | None = None,
+    cache: Path | None = None,
+    console: Console | None = None,
+) -> Loaded:
     """Reads preference data.
 
     A source is a file (.jsonl, .jsonl.gz; .json with one object per line), a folder (all such files in it), or a hub id
     (`owner/name`, `owner/name:subset`). What exists locally is never looked up on the hub. The format is found from the
     columns (`prefopt.data.trl_formats`). Files and splits named test* are marked as the official test split.
 
+    Records go to disk as they are read, so memory does not grow with their text. With a cache, files of equal bytes are
+    read once; hub data sets have no bytes to compare and are read every time.
+
     Args:
         sources: at least one.
         on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" stops at the first.
         as_chat: turns text into conversations, which the model's chat template then renders.
         limit: at most so many records of each file or hub split.
+        cache: folder for what was read; None uses a temporary file that goes with the records.
+        console: for a message when the cache is damaged.
 
     Raises:
         ConfigError: an option out of range, or the `data` extra is missing.
         DataError: a file that is missing or damaged, formats mixed in a file, or a source without one usable row.
         HubError: a hub data set that cannot be had.
+        OutputError: the cache cannot be written.
     """
     if not sources:
         raise ConfigError("no data source is named; give a .jsonl file, a folder or a hub id.")
@@ -87,36 +111,66 @@ def load(sources: Sequence[str], *, on_bad_row: OnBadRow = "drop", as_chat: bool
         raise ConfigError(f"a data source is named twice in {', '.join(sources)}.")
     file_names = _short_names([path for paths in files.values() for path in paths], 2)
     source_names = _short_names([Path(source) for source, paths in files.items() if paths], 1)
-    records: list[Record] = []
-    reports: list[SourceReport] = []
-    for source, paths in files.items():
-        name = source_names[Path(source)] if paths else source
-        found, report = _read_source(name, _file_parts(paths, file_names) if paths else _hub_parts(source), options)
-        records.extend(found)
-        reports.append(report)
-    return Loaded(tuple(records), read_report(reports, records))
+    named = {source: source_names[Path(source)] if paths else source for source, paths in files.items()}
+
+    def read(folder: Path) -> dict[str, Any]:
+        parts = {
+            name: _file_rows(files[source], file_names, name) if files[source] else _hub_rows(source)
+            for source, name in named.items()
+        }
+        return _write(folder, parts, options)
+
+    if cache is None or not all(files.values()):
+        with tempfile.TemporaryDirectory(prefix="prefopt-") as scratch:
+            return _loaded(Path(scratch), read(Path(scratch)))
+    contents = [[named[s], file_names[path], path.name, _sha256(path, file_names[path])] for s in files for path in files[s]]
+    folder = cache / "records" / content_address(code_digest(*_CODE), asdict(options), contents)
+    facts = open_folder(folder, "records", console)
+    if facts is None:
+        with new_folder(folder) as draft:
+            draft.facts = read(draft.path)
+            return _loaded(draft.path, draft.facts)
+    return _loaded(folder, facts)
 
 
-def _read_source(name: str, parts: Iterator[_Part], options: _Options) -> tuple[list[Record], SourceReport]:
-    records: list[Record] = []
+def _loaded(folder: Path, facts: Mapping[str, Any]) -> Loaded:
+    return Loaded(open_records(folder, facts), ReadReport.from_dict(facts["report"]))
+
+
+def _write(folder: Path, sources: Mapping[str, Iterator[_Rows]], options: _Options) -> dict[str, Any]:
+    """Reads all sources into a record store; the facts to open it with, and the report."""
+    counter = ReadCounter()
+    with RecordWriter(folder) as writer:
+        reports = [_read_source(name, rows, options, writer, counter) for name, rows in sources.items()]
+        return {**writer.finish(), "report": counter.result(reports).as_dict()}
+
+
+def _read_source(
+    name: str, parts: Iterator[_Rows], options: _Options, writer: RecordWriter, counter: ReadCounter
+) -> SourceReport:
+    before, lengths = len(writer), LengthCounter()
     reports: list[FileReport] = []
     for part in parts:
-        found, report = _read_part(part, name, options)
-        records.extend(found)
-        reports.append(report)
-    if not records:
+        writer.begin(part.part)
+        for line, record in _read_part(part, options, reports):
+            writer.add(record, line)
+            counter.add(record)
+            if is_pair(record):
+                lengths.add(*(len(content(text)) for text in record.completions))
+    if len(writer) == before:
         drops = "; ".join(f"{report.name}: {describe_drops(report.dropped)}" for report in reports)
         raise DataError(f"{name}: no usable row. Left out: {drops or 'it has no rows'}.")
-    return records, source_report(name, reports, records)
+    return SourceReport(name, tuple(reports), lengths.result())
 
 
-def _read_part(part: _Part, source: str, options: _Options) -> tuple[list[Record], FileReport]:
-    records: list[Record] = []
+def _read_part(found: _Rows, options: _Options, reports: list[FileReport]) -> Iterator[tuple[int, Record]]:
+    """(line, record) of the usable rows; at the end the part's report is appended to `reports`."""
+    part = found.part
     drops = DropCounter()
     expected: tuple[Format, Style] | None = None
     ignored: set[str] = set()
-    rows = 0
-    for line, row in part.rows:
+    rows = kept = 0
+    for line, row in found.rows:
         rows += 1
         row_id = f"{part.name}:{line}"
         try:
@@ -135,15 +189,16 @@ def _read_part(part: _Part, source: str, options: _Options) -> tuple[list[Record
             drops.add(error.reason, row_id)
             continue
         key = record_key(parsed.prompt, parsed.completions)
-        records.append(Record(row_id, parsed.prompt, parsed.completions, parsed.labels, key, source, part.official_test))
-        if len(records) == options.limit:
+        kept += 1
+        yield line, Record(row_id, parsed.prompt, parsed.completions, parsed.labels, key, part.source, part.official_test)
+        if kept == options.limit:
             break
     if not rows:
         drops.add("empty file", part.name)
         if options.on_bad_row == "error":
             raise DataError(f"{part.name}: the file is empty; expected one JSON object per line.")
     name = f"{expected[0].name}, {expected[1]}" if expected else ""
-    return records, FileReport(part.name, name, rows, len(records), part.official_test, drops.result(), tuple(sorted(ignored)))
+    reports.append(FileReport(part.name, name, rows, kept, part.official_test, drops.result(), tuple(sorted(ignored))))
 
 
 def _find_files(source: str) -> list[Path]:
@@ -201,9 +256,21 @@ def _short_names(paths: Sequence[Path], least: int) -> dict[Path, str]:
     return names
 
 
-def _file_parts(paths: Sequence[Path], names: Mapping[Path, str]) -> Iterator[_Part]:
+def _file_rows(paths: Sequence[Path], names: Mapping[Path, str], source: str) -> Iterator[_Rows]:
     for path in paths:
-        yield _Part(names[path], path.name.startswith("test"), _read_lines(path, names[path]))
+        yield _Rows(Part(names[path], source, path.name.startswith("test")), _read_lines(path, names[path]))
+
+
+def _sha256(path: Path, name: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> DataError:
+    return DataError(f"{name}: cannot be read ({error.strerror or error}).")
 
 
 def _read_lines(path: Path, name: str) -> Iterator[_Row]:
@@ -225,7 +292,7 @@ def _read_lines(path: Path, name: str) -> Iterator[_Row]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{name}:{line + 1}: the compressed file is damaged or cut off ({error}).") from error
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror or error}).") from error
+        raise _unreadable(name, error) from error
 
 
 def _read_row(raw: bytes) -> Mapping[str, Any] | BadRow:
@@ -243,6 +310,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _hub_parts(source: str) -> Iterator[_Part]:
-    for split, rows in hub_splits(source):
-        yield _Part(f"{source}/{safe(split)}", split.startswith("test"), zip(itertools.count(1), rows, strict=False))
+def _hub_rows(source: str) -> Iterator[_Rows]:
+    for split, found in hub_splits(source):
+        part = Part(f"{source}/{safe(split)}", source, split.startswith("test"))
+        yield _Rows(part, zip(itertools.count(1), found, strict=False))
