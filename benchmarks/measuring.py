@@ -63,29 +63,44 @@ def synchronized_time(device: str = "cpu") -> float:
 
 
 class Busy:
-    """The share of all processors' time that other processes used inside a `with` block; stolen time counts as theirs.
+    """The share of all processors' time that others used between `start` and `stop`, or inside a `with` block.
+
+    "Others" are all processes but this one and its ended children; time stolen by the host counts as theirs.
 
     Attributes:
-        seconds: wall time of the block.
+        seconds: wall time in between.
         share: 0 to 1, over all processors; None where the system does not tell (no /proc/stat). The kernel counts in
-            steps of 10 ms, so blocks under about 0.5 s say little: put a loop of short steps into one block.
+            steps of 10 ms, so spans under about 0.5 s say little: put a loop of short steps into one span.
     """
 
     def __init__(self) -> None:
         self.seconds = math.nan
         self.share: float | None = None
 
-    def __enter__(self) -> Busy:
+    def start(self) -> Busy:
+        """Begins a span; an earlier one is forgotten."""
         self._machine, self._own = _machine_seconds(), _own_seconds()
         self._begin = time.perf_counter()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.seconds = time.perf_counter() - self._begin
+    def elapsed(self) -> float:
+        """Seconds since `start`."""
+        return time.perf_counter() - self._begin
+
+    def stop(self) -> Busy:
+        """Ends the span and fills the attributes."""
+        self.seconds = self.elapsed()
         now, own = _machine_seconds(), _own_seconds() - self._own
         if now is not None and self._machine is not None:
             total, used = (after - before for after, before in zip(now, self._machine, strict=True))
             self.share = max(0.0, used - own) / total if total > 0 else 0.0
+        return self
+
+    def __enter__(self) -> Busy:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     @property
     def disturbed(self) -> bool:
@@ -127,12 +142,15 @@ class Peak:
     error: str = ""
 
 
-def peak_memory_of(function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Peak:
+def peak_memory_of(function: Callable[..., Any], /, *arguments: Any, keep_free_mb: float = 1024.0, **keywords: Any) -> Peak:
     """Runs `function` in a fresh interpreter and reads that process's own peak.
+
+    The process is ended before it takes the machine's last memory: what does not fit is a result, not an accident.
 
     Args:
         function: of a module's top level, so that the new process can import it.
         arguments, keywords: must pickle; so must the result (return numbers, not tensors).
+        keep_free_mb: memory that has to stay available to the rest of the machine.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -140,8 +158,15 @@ def peak_memory_of(function: Callable[..., Any], /, *arguments: Any, **keywords:
     process.start()
     # The parent's copy has to go, or a killed child would never be seen as the end of the pipe.
     sender.close()
+    peak = None
     try:
-        peak: Peak = receiver.recv()
+        # Memory fills at some GB/s: a look every 20 ms comes in time.
+        while peak is None and not receiver.poll(0.02):
+            if (free := available_memory_mb()) < keep_free_mb:
+                process.kill()
+                peak = Peak(math.nan, None, None, f"does not fit: ended when {free:.0f} MB were left to the machine")
+        if peak is None:
+            peak = receiver.recv()
     except EOFError:
         process.join()
         killed = "killed, most likely for memory" if process.exitcode in (-9, 137) else "ended without an answer"

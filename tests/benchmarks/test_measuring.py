@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,11 @@ def test_what_goes_wrong_in_the_other_process_is_told() -> None:
 @needs_proc
 def test_a_killed_process_is_told() -> None:
     assert "killed, most likely for memory" in peak_memory_of(signal.raise_signal, signal.SIGKILL).error
+
+
+def test_a_process_is_ended_before_it_takes_the_last_memory() -> None:
+    """Here all memory has to stay free, so the first look ends it."""
+    assert "does not fit" in peak_memory_of(time.sleep, 30, keep_free_mb=math.inf).error
 
 
 def test_spread_of_nothing_and_of_one() -> None:
