@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -110,9 +110,7 @@ def build_stream(
     seed: int,
 ) -> tuple[OfflineStream | RolloutStream, int]:
     """The stream that the algorithm derives, and the tokens its reward model was trained on."""
-    budget = Budget(
-        budget.batch_size, budget.micro_batch_size, budget.micro_batch_tokens, budget.epochs, budget.max_steps, seed
-    )
+    budget = replace(budget, seed=seed)
     if not setting.algorithm.on_policy:
         cache = known if setting.needs_reference else None
         return OfflineStream(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class Budget:
         epochs: passes over the data.
         max_steps: updates at most; 0 leaves it to epochs.
         seed: of the order.
+        reference_pass: when an offline run computes the reference log-probs that the cache lacks. ahead: those of every row
+            that the run will see, before the first step; in-loop: those of a step's rows just before that step, through the
+            first epoch, so that a short run on large data starts at once.
     """
 
     batch_size: int = 16
@@ -63,6 +66,7 @@ class Budget:
     epochs: float = 1.0
     max_steps: int = 0
     seed: int = 0
+    reference_pass: Literal["ahead", "in-loop"] = "ahead"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_tokens"):
@@ -101,9 +105,9 @@ class OfflineStream:
     """Batches over a fixed data set; epochs follow each other without a gap, so that every step is full.
 
     Args:
-        examples: the data set, in its order.
+        examples: the data set, in its order; rows are read when their step comes, so a lazy sequence stays lazy.
         kind: "pairs", "completions" (the best completion alone), "labelled" or "groups", as algorithms.py derives it.
-        budget: batch sizes, epochs, seed of the order.
+        budget: batch sizes, epochs, seed of the order, and when reference log-probs are computed.
         reference: attaches `reference_token_logps`; None when no loss asks for them.
         dtype: of masks.
     """
@@ -117,36 +121,49 @@ class OfflineStream:
         reference: ReferenceCache | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if not examples:
+        if not len(examples):
             raise DataError(
                 "the data set is empty: no row is left to train on. See the data report for what was dropped and why."
             )
-        self._examples = [_best_alone(example) for example in examples] if kind == "completions" else list(examples)
+        self._examples = _Best(examples) if kind == "completions" else examples
         self._roles = _ROLES[kind]
         self._budget = budget
         self._reference = reference
+        self._in_loop = reference is not None and budget.reference_pass == "in-loop"
         self._dtype = dtype
         self._step = 0
         self._order: tuple[int, list[int]] = (-1, [])
-        if reference is not None:
-            reference.rows(self._examples)  # computed now, before a gradient exists
+        if reference is not None and not self._in_loop:
+            reference.prepare(self._examples, self._rows_until(self.total_steps))
 
     @property
     def total_steps(self) -> int:
         return self._budget.steps(len(self._examples))
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        while self._step < self.total_steps:
-            begin = self._step * self._budget.batch_size
-            examples = [self._example(begin + offset) for offset in range(self._budget.batch_size)]
-            self._step += 1
-            yield [self.build(part) for part in self._budget.split(examples)]
+        size = self._budget.batch_size
+        try:
+            while self._step < self.total_steps:
+                begin = self._step * size
+                examples = [self._examples[self._row(position)] for position in range(begin, begin + size)]
+                self._step += 1
+                if self._reference is not None and self._in_loop:
+                    self._reference.rows(examples, store=False)  # the whole step's at once, in parts sorted by length
+                yield [self.build(part) for part in self._budget.split(examples)]
+        finally:
+            if self._reference is not None and self._in_loop:
+                self._reference.store()
 
-    def _example(self, position: int) -> Example:
+    def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self._examples))
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self._examples), self._budget.seed, epoch))
-        return self._examples[self._order[1][index]]
+        return self._order[1][index]
+
+    def _rows_until(self, step: int) -> Sequence[int]:
+        """The rows that the steps before `step` hold, each once."""
+        count, seen = len(self._examples), step * self._budget.batch_size
+        return range(count) if seen >= count else [self._row(position) for position in range(seen)]
 
     def build(self, examples: Sequence[Example]) -> PackedBatch:
         """One micro-batch, reference log-probs and labels attached."""
@@ -182,6 +199,8 @@ class OfflineStream:
 
     def load_state_dict(self, state: Any) -> None:
         self._step = state["step"]
+        if self._reference is not None and self._in_loop:  # the run's cost is that of all its steps
+            self._reference.count(self._examples[row] for row in self._rows_until(self._step))
 
 
 def _all_or_none(examples: Sequence[Example], field: str) -> list[Any] | None:
@@ -193,6 +212,17 @@ def _all_or_none(examples: Sequence[Example], field: str) -> list[Any] | None:
     return values if all(known) else None
 
 
-def _best_alone(example: Example) -> Example:
-    """The completion to be imitated: of a pair or list the first, which is the best."""
-    return replace(example, completion_ids=example.completion_ids[:1], labels=Labels())
+class _Best(Sequence[Example]):
+    """The completions to be imitated: of each pair or list the first, which is the best."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example = self._examples[index]
+        return replace(example, completion_ids=example.completion_ids[:1], labels=Labels())

@@ -38,9 +38,13 @@ def hub_splits(source: str) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]
     """
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(f"{source!r} is a hub data set, which needs the package datasets: pip install -e .[data]. {_LOCAL}")
-    offline = any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in _OFFLINE_SWITCHES)
-    if not offline:
-        _probe(source)
+    offline = is_offline(*_OFFLINE_SWITCHES)
+    problem = None if offline else why_unreachable()
+    if problem is not None:
+        raise HubError(
+            f"{source!r} is no local file or folder, and {problem}. {_LOCAL} "
+            "A copy in the cache of datasets: set HF_HUB_OFFLINE=1."
+        )
     import datasets
 
     name, _, subset = source.partition(":")
@@ -55,27 +59,28 @@ def hub_splits(source: str) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]
         yield split, iter(splits[split])
 
 
-def _probe(source: str) -> None:
-    """Asks the hub for its front page; any HTTP answer will do. A thread, because name resolution knows no timeout."""
+def is_offline(*switches: str) -> bool:
+    """True when one of these environment variables says that only local copies may be used."""
+    return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in switches)
+
+
+def why_unreachable() -> str | None:
+    """Asks the hub for its front page: what went wrong within `PROBE_SECONDS`, or None, for any HTTP answer will do."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answers: list[str] = []
+    answers: list[str | None] = []
 
     def ask() -> None:
         try:
             request = urllib.request.Request(endpoint, method="HEAD")
             with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
-                answers.append("")
+                answers.append(None)
         except urllib.error.HTTPError:
-            answers.append("")
+            answers.append(None)
         except (OSError, ValueError) as error:
             answers.append(str(error))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)  # because name resolution knows no timeout
     thread.start()
     thread.join(PROBE_SECONDS)
     problem = answers[0] if answers else f"no answer within {PROBE_SECONDS} s"
-    if problem:
-        raise HubError(
-            f"{source!r} is no local file or folder, and the hub at {endpoint} cannot be reached ({problem}). {_LOCAL} "
-            "A copy in the cache of datasets: set HF_HUB_OFFLINE=1."
-        )
+    return None if problem is None else f"the hub at {endpoint} cannot be reached ({problem})"

@@ -181,8 +181,8 @@ def _hub_snapshot(name: str) -> Path:
     """The folder of a hub model in the hub's local cache, downloaded or updated first when the hub can be reached."""
     from huggingface_hub import snapshot_download
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    reachable = not offline and _reachable(name)
+    offline = hub.is_offline("HF_HUB_OFFLINE")
+    reachable = not offline and hub.why_unreachable() is None
     try:
         folder = snapshot_download(
             name, local_files_only=not reachable, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
@@ -199,14 +199,6 @@ def _hub_snapshot(name: str) -> Path:
         )
         raise HubError(f"cannot load model {name!r} from {where}: {_reason(error)}. {_LOCAL}") from error
     return Path(folder)
-
-
-def _reachable(name: str) -> bool:
-    try:
-        hub._probe(name)
-    except HubError:
-        return False
-    return True
 
 
 def _converted(gguf_file: Path, digest: str, cache: Path) -> Path:
