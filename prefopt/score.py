@@ -245,23 +245,18 @@ class _Run:
         begin = time.perf_counter()
         with torch.no_grad():
             found = [self.policy.evaluate(batch, {LOGPS, *self.extra}) for batch in step]
-        leaves = {name: merge(name, [part[name] for part in found]).detach() for name in found[0]}
-        _wait(leaves[LOGPS].device)
+        # Losses run on the CPU: tensors this small are not worth a kernel launch for each of their operations.
+        leaves = {name: merge(name, [part[name] for part in found]).detach().cpu().requires_grad_() for name in found[0]}
         encoded = time.perf_counter()
-        leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-        device = leaves[LOGPS].device
-        moved = [batch.to(device) for batch in step]
-        tensors = {**named_tensors(moved, leaves[LOGPS], self.names), **leaves}
-        mask = merge("mask", [batch.mask for batch in moved])
-        self.lengths.append(mask.sum(-1).view(-1, 2).double().cpu())
-        self.log_ratios.append(side_log_ratios(moved, leaves[LOGPS]))
-        _wait(device)
+        tensors = {**named_tensors(step, leaves[LOGPS], self.names), **leaves}
+        mask = merge("mask", [batch.mask for batch in step])
+        self.lengths.append(mask.sum(-1).view(-1, 2).double())
+        self.log_ratios.append(side_log_ratios(step, leaves[LOGPS]))
         prepared = time.perf_counter()
         gradients = [scorer.add(tensors, leaves, mask) for scorer in self.terms]
-        _wait(device)
         after = time.perf_counter()
         stacked = torch.stack(gradients).double()
-        self.gram += (stacked @ stacked.T).cpu()
+        self.gram += stacked @ stacked.T
         self.ids.extend(row for batch in step for row in batch.ids)
         self.batches += 1
         self.forward_passes += len(step)
@@ -324,9 +319,3 @@ def _provided(step: Step, names: frozenset[str]) -> frozenset[str]:
     """Those of `names` that the batches and the forward pass can give."""
     found = named_tensors(step, merge("mask", [batch.mask for batch in step]), names)
     return frozenset(found) | {name for name in names if is_leaf(name) or VOCABULARY[name].source == "state"}
-
-
-def _wait(device: torch.device) -> None:
-    """A GPU works behind the clock's back."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

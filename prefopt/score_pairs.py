@@ -75,10 +75,10 @@ def named_tensors(step: Step, logps: Tensor, names: Collection[str]) -> dict[str
 
 
 def side_log_ratios(step: Step, logps: Tensor) -> Tensor:
-    """[P, 2] log(policy / reference) of chosen and rejected, summed over tokens; float64 on the CPU, without gradient."""
+    """[P, 2] log(policy / reference) of chosen and rejected, summed over tokens; float64, without gradient."""
     names = ("policy_logps", "reference_logps")
     found = named_tensors(step, logps.detach(), names)
-    return (found[names[0]] - found[names[1]]).view(-1, 2).double().cpu()
+    return (found[names[0]] - found[names[1]]).view(-1, 2).double()
 
 
 def _log_probs(step: Step, logps: Tensor) -> Iterator[Mapping[str, Tensor]]:

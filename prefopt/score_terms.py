@@ -101,8 +101,8 @@ class TermScorer:
         self.weight += float(output.weight.double().sum())
         pairs = mask.shape[0] // 2
         by_row = gradient.double().sum(-1) / mask.double().sum(-1).clamp(min=1)
-        self.coefficients.append(by_row.view(pairs, 2).cpu())
-        self.moved.append((gradient != 0).view(pairs, -1).any(-1).cpu())
+        self.coefficients.append(by_row.view(pairs, 2))
+        self.moved.append((gradient != 0).view(pairs, -1).any(-1))
         self.values.append(self._by_pair(output.loss.detach(), output.weight.detach(), pairs))
         self.rewards.append(torch.stack([self._metric(output, f"rewards/{s}", pairs) for s in ("chosen", "rejected")], -1))
         self.seconds += time.perf_counter() - begin
@@ -114,7 +114,7 @@ class TermScorer:
         for name in self.term.needs | self.term.optional:
             if VOCABULARY[name].source == "state":
                 total, count = self._running.get(name, (0.0, 0.0))
-                state[name] = torch.tensor(total / count if count else 0.0, device=tensors[LOGPS].device)
+                state[name] = torch.tensor(total / count if count else 0.0)
         try:
             output = self.term({**tensors, **state})
         except ValueError as error:
@@ -131,7 +131,7 @@ class TermScorer:
         return self._by_pair(*metric, pairs)
 
     def _by_pair(self, values: Tensor, weight: Tensor, pairs: int) -> Tensor:
-        """[P] weighted mean over the entries that are a pair's alone, float64 on the CPU; NaN where there are none.
+        """[P] weighted mean over the entries that are a pair's alone, float64; NaN where there are none.
 
         The first dimension counts pairs, or completions where the term takes those; any other layout cannot be told apart.
         """
@@ -140,4 +140,4 @@ class TermScorer:
             return torch.full((pairs,), math.nan, dtype=torch.float64)
         weight = weight.double().reshape(pairs, -1)
         kept = torch.where(weight == 0, 0.0, values.double().reshape(pairs, -1) * weight).sum(-1)
-        return (kept / weight.sum(-1)).cpu()
+        return kept / weight.sum(-1)

@@ -39,6 +39,7 @@ class _Command:
 _COMMANDS = {
     "train": _Command("Train one algorithm and measure the policy.", "prefopt.cli.train"),
     "compare": _Command("Train several algorithms on several seeds and write the report.", "prefopt.cli.compare"),
+    "score": _Command("Score pairs by many losses on one forward pass: values, rewards, gradients.", "prefopt.cli.score"),
     "report": _Command("Make report.html anew from the results of a comparison.", "prefopt.cli.report"),
     "data": _Command("Look at preference data.", "prefopt.cli.data"),
     "losses": _Command("List the losses: equation, data, flags.", "prefopt.cli.losses"),
