@@ -311,6 +311,21 @@ def _conversation(tokenizer: Tokenizer, prompt: tuple[Message, ...], completion:
     return text.removesuffix(ending), False
 
 
+_MARKER = "prefopt"
+_PROBE = [Message(role="user", content="Hi"), Message(role="assistant", content=_MARKER)]
+
+
+def probe(tokenizer: Tokenizer) -> tuple[list[int], str]:
+    """What a tokenizer makes of a word, and its chat template of a conversation ("" where it has none or refuses)."""
+    ids = _ids(tokenizer, [_MARKER], special=True)[0]
+    if not tokenizer.chat_template:
+        return ids, ""
+    try:
+        return ids, tokenizer.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=False)
+    except _template_errors():
+        return ids, ""
+
+
 def _end_of_turn(tokenizer: Tokenizer, record_id: str) -> str:
     """What the chat template writes behind an assistant message, found by rendering one."""
     if not tokenizer.chat_template:
@@ -318,10 +333,8 @@ def _end_of_turn(tokenizer: Tokenizer, record_id: str) -> str:
             f"{record_id} is a conversation, but the tokenizer has no chat template. Use a chat model's tokenizer, set "
             "tokenizer.chat_template, or give the data as text."
         )
-    marker = "prefopt"
-    messages = [Message(role="user", content="Hi"), Message(role="assistant", content=marker)]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    _, found, ending = text.rpartition(marker)
+    text: str = tokenizer.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=False)
+    _, found, ending = text.rpartition(_MARKER)
     if not found:
         raise ConfigError(
             "the tokenizer's chat template does not write what the assistant says; it cannot be used for training."

@@ -14,7 +14,8 @@ from prefopt.data.sources import OnBadRow, load
 from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
 from prefopt.options import EXACT, default_cache
-from prefopt.tokenize import tokenize
+from prefopt.runlog import counter
+from prefopt.tokenize import Tokenizing
 
 
 def build(tokens: Sequence[str]) -> App:
@@ -43,7 +44,8 @@ def _inspect(
         raise ConfigError(
             f"{EXACT!r} is the built-in world, which draws its pairs and reads no rows; name files, folders or hub ids."
         )
-    loaded = load(source, on_bad_row=on_bad_row, as_chat=chat)
+    console = standard_console()
+    loaded = load(source, on_bad_row=on_bad_row, as_chat=chat, cache=default_cache(), console=console)
     roles = split_roles(loaded.records).report
     tokens = None
     if model:
@@ -51,5 +53,8 @@ def _inspect(
 
         tokenizer = load_model(model, cache=default_cache(), device="cpu").tokenizer
         limit = max_completion_length or max_length // 2
-        tokens = tokenize(loaded.records, tokenizer, max_length=max_length, max_completion_length=limit).report
-    standard_console().print(render(DataReport(loaded.report, roles, tokens)))
+        work = Tokenizing(tokenizer, max_length=max_length, max_completion_length=limit)
+        for _ in work.examples(loaded.records, counter(console, "tokenising")):
+            pass
+        tokens = work.report()
+    console.print(render(DataReport(loaded.report, roles, tokens)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,14 +66,17 @@ class RoleReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Records by role, each in the order in which they were read. Records on disk are selections of it."""
+Rows = TypeVar("Rows", bound=Sequence[Record])
 
-    policy: Sequence[Record]
-    tuning: Sequence[Record]
-    judge: Sequence[Record]
-    test: Sequence[Record]
+
+@dataclass(frozen=True)
+class Split(Generic[Rows]):
+    """Records by role, each in the order in which they were read. Of records on disk they are selections."""
+
+    policy: Rows
+    tuning: Rows
+    judge: Rows
+    test: Rows
     report: RoleReport
 
 
@@ -111,7 +114,11 @@ def _draw(points: NDArray[np.uint64], weights: Mapping[Role, float]) -> NDArray[
     return roles
 
 
-def split_roles(records: Sequence[Record], shares: Shares | None = None) -> Split:
+@overload
+def split_roles(records: Records, shares: Shares | None = None) -> Split[Records]: ...
+@overload
+def split_roles(records: Sequence[Record], shares: Shares | None = None) -> Split[Sequence[Record]]: ...
+def split_roles(records: Sequence[Record], shares: Shares | None = None) -> Split[Any]:
     """Gives every record its role.
 
     A source with an official test split has exactly those rows as test rows; the rows of other sources are hashed over

