@@ -17,8 +17,9 @@ from torch import Tensor
 
 from losses.types import VOCABULARY, Metric
 from prefopt.data.records import Example, Message, Record, Text
+from prefopt.engines import Engine, EngineName, build_engine
 from prefopt.errors import ConfigError, DataError, TrainingError
-from prefopt.generate import Decoding, generate
+from prefopt.generate import Decoding
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.packing import PackedBatch, Sampling, flat_roles, pack, split_by_tokens
 from prefopt.streams import Budget, epoch_order
@@ -69,6 +70,7 @@ def rollouts(
     max_new_tokens: int = 0,
     kl_coef: float = 0.05,
     missing_eos_penalty: float = 0.0,
+    engine: EngineName = "own",
 ) -> RolloutStream:
     """Rollouts from the live policy with a per-token KL penalty in the reward (Ziegler 2019; Ouyang 2022).
 
@@ -80,6 +82,7 @@ def rollouts(
         max_new_tokens: Limit of a rollout's length; 0 takes the data's limit on completions.
         kl_coef: Price of one nat of log(policy/reference), k1 per token.
         missing_eos_penalty: Subtracted from the score of a rollout that does not end by itself.
+        engine: What samples: own, or vllm (an extra; top_p must be 1).
     """
     if rollout_size < 1 or ppo_epochs < 1 or temperature <= 0 or not 0 < top_p <= 1:
         raise ConfigError(
@@ -88,9 +91,9 @@ def rollouts(
         )
     _check_advantage(workshop)
     decoding = Decoding(max_new_tokens or workshop.max_new_tokens, temperature, top_p)
-    return RolloutStream(
-        workshop, decoding, min(rollout_size, len(workshop.examples)), ppo_epochs, kl_coef, missing_eos_penalty
-    )
+    size = min(rollout_size, len(workshop.examples))
+    source = build_engine(engine, workshop.eos_ids, decoding)
+    return RolloutStream(workshop, decoding, size, ppo_epochs, kl_coef, missing_eos_penalty, source)
 
 
 def _check_advantage(workshop: Workshop) -> None:
@@ -119,7 +122,11 @@ class Rollout:
 
 
 class RolloutStream:
-    """Steps over fresh rollouts; its state holds the buffer, the position in it and the generator."""
+    """Steps over fresh rollouts; its state holds the buffer, the position in it and the generator.
+
+    Args:
+        engine: draws the completions; it is synced with the policy before every buffer.
+    """
 
     def __init__(
         self,
@@ -129,6 +136,7 @@ class RolloutStream:
         ppo_epochs: int,
         kl_coef: float,
         missing_eos_penalty: float,
+        engine: Engine,
     ) -> None:
         if not workshop.examples:
             raise DataError(
@@ -140,6 +148,7 @@ class RolloutStream:
         self._epochs = ppo_epochs
         self._kl_coef = kl_coef
         self._penalty = missing_eos_penalty
+        self._engine = engine
         self._generator = torch.Generator().manual_seed(workshop.budget.seed + 1_000_000_007)
         self._buffer: list[Rollout] = []
         self._step = 0
@@ -202,7 +211,9 @@ class RolloutStream:
         shop = self._shop
         shop.policy.train(False)
         prompts = [self._prompt(iteration * self._size + offset) for offset in range(self._size)]
-        samples = generate(shop.policy, [e.prompt_ids for e in prompts], self._decoding, self._generator, eos_ids=shop.eos_ids)
+        self._engine.sync(shop.policy)
+        seed = int(torch.randint(2**62, (), generator=self._generator))
+        samples = self._engine.generate([e.prompt_ids for e in prompts], self._decoding, seed)
         self.sampled += len(samples)
         self.generated_tokens += sum(len(sample.ids) for sample in samples)
         texts = [shop.policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
