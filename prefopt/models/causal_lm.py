@@ -146,7 +146,6 @@ class CausalLMPolicy(nn.Module):
                     self.head,
                     names=wanted,
                     sampling=batch.sampling,
-                    vocabulary=self.vocabulary,
                     reference=other,
                 )
         per_token = {name: value for name, value in found.items() if name != "rewards"}

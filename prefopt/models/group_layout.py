@@ -29,7 +29,8 @@ _SMALL_GROUP = 48
 # Padded score positions (B * Q * K) that a shared unit may hold.
 _SHARED_AREA = 2**17
 
-Index = slice | Tensor
+# Packed positions: slices that follow each other in one group, or [B, L] for several groups (0 where padded).
+Index = tuple[slice, ...] | Tensor
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Unit:
     """Queries that are computed in one go, and the keys that they see.
 
     Args:
-        queries: packed positions: a slice for a block of one group, [B, Q] for several groups (0 where padded).
-        keys: the same for the keys.
-        real: [B * Q] bool, which queries are real; None when all are.
-        hidden: [B, 1, Q, k] True where a query must not see one of the last k keys; all earlier keys are seen.
+        queries: where they stand.
+        keys: where the keys stand.
+        real: [B, Q] bool, which queries are real; None when all are.
+        hidden: [B, 1, Q, k] -inf where a query must not see one of the last k keys, else 0; all earlier keys are seen.
         distance: [B, 1, Q, K] position(query) - position(key), for sliding windows.
     """
 
@@ -50,14 +51,18 @@ class Unit:
     hidden: Tensor
     distance: Tensor
 
-    def hide(self, scores: Tensor, window: int | None) -> None:
-        """Sets what must not be seen in [B, M, R*Q, K] scores to -inf."""
+    def weights(self, scores: Tensor, window: int | None) -> Tensor:
+        """[B, M, R*Q, K] softmax over what may be seen; 0 in padded rows. Overwrites `scores`."""
         batch, heads, rows, keys = scores.shape
         queries = self.hidden.shape[2]
         view = scores.view(batch, heads * (rows // queries), queries, keys)
-        view[..., keys - self.hidden.shape[3] :].masked_fill_(self.hidden, -torch.inf)
+        view[..., keys - self.hidden.shape[3] :].add_(self.hidden)
         if window is not None and keys > window:
             view.masked_fill_(self.distance >= window, -torch.inf)
+        weights = scores.softmax(-1)
+        if self.real is not None:
+            weights.view_as(view).masked_fill_(~self.real[:, None, :, None], 0.0)
+        return weights
 
 
 @dataclass(frozen=True)
@@ -117,13 +122,23 @@ def _blocks(group: Group) -> Iterator[tuple[int, int, int]]:
 
 def _block_unit(group: Group, begin: int, first: int, end: int, device: torch.device | str) -> Unit:
     prompt = group.starts[0]
-    seen = torch.cat([torch.arange(min(begin, prompt)), torch.arange(begin, end)])
-    keys: Index = slice(group.start, group.start + end) if begin <= prompt else (group.start + seen).unsqueeze(0).to(device)
+    ranges = [(0, end)] if begin <= prompt else [(0, prompt), (begin, end)]
+    seen = torch.cat([torch.arange(*part) for part in ranges])
     queries = torch.arange(first, end)
-    hidden = queries > queries.unsqueeze(1)  # the last keys are the block itself
+    later = queries > queries.unsqueeze(1)  # the last keys are the block itself
     distance = _positions(queries, begin, prompt).unsqueeze(1) - _positions(seen, begin, prompt)
-    packed = slice(group.start + first, group.start + end)
-    return Unit(packed, keys, None, hidden[None, None].to(device), distance[None, None].to(device))
+    return Unit(
+        _slices(group, [(first, end)]), _slices(group, ranges), None, _bias(later[None, None], device),
+        distance[None, None].to(device),
+    )  # fmt: skip
+
+
+def _slices(group: Group, ranges: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(group.start + begin, group.start + end) for begin, end in ranges)
+
+
+def _bias(hidden: Tensor, device: torch.device | str) -> Tensor:
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(device)
 
 
 def _positions(offsets: Tensor, begin: int, prompt: int) -> Tensor:
@@ -143,39 +158,39 @@ def _shared_unit(groups: Sequence[Group], device: torch.device | str) -> Unit:
             branch[row, begin:end] = k
             position[row, begin:end] = torch.arange(group.starts[0], group.starts[0] + end - begin)
     same = (branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2))  # [B, query, key]
-    # A padded query sees nothing: its output is NaN and never written, and its weights in backward are zero.
-    seen = same & (offsets.unsqueeze(0) <= offsets.unsqueeze(1)) & real.unsqueeze(1) & real.unsqueeze(2)
-    distance = position.unsqueeze(2) - position.unsqueeze(1)
-    index, real = index.to(device), real.flatten().to(device)
-    everything = bool(real.all())
-    return Unit(index, index, None if everything else real, ~seen.unsqueeze(1).to(device), distance.unsqueeze(1).to(device))
+    seen = same & (offsets.unsqueeze(0) <= offsets.unsqueeze(1)) & real.unsqueeze(1)
+    seen |= ~real.unsqueeze(2)  # a padded query must see something, or its softmax is NaN; it is zeroed and never read
+    distance = (position.unsqueeze(2) - position.unsqueeze(1)).masked_fill(~real.unsqueeze(2), 0)
+    index = index.to(device)
+    padded = None if bool(real.all()) else real.to(device)
+    return Unit(index, index, padded, _bias(~seen.unsqueeze(1), device), distance.unsqueeze(1).to(device))
 
 
 def _take(packed: Tensor, index: Index) -> Tensor:
     """[..., S, D] -> [B, ..., L, D]: the tokens of a unit."""
-    if isinstance(index, slice):
-        return packed[..., index, :].unsqueeze(0)
-    taken = packed.index_select(-2, index.flatten()).unflatten(-2, index.shape)
-    return taken.movedim(-3, 0)
+    if isinstance(index, Tensor):
+        return packed[..., index, :].movedim(-3, 0)
+    parts = [packed[..., part, :] for part in index]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unsqueeze(0)
 
 
 def _put(packed: Tensor, unit: Unit, values: Tensor) -> None:
     """[B, ..., Q, D] values of a unit's queries -> [..., S, D], in place. Every token is a query of exactly one unit."""
-    if isinstance(unit.queries, slice):
-        packed[..., unit.queries, :] = values[0]
-        return
-    flat, index = values.movedim(0, -3).flatten(-3, -2), unit.queries.flatten()
-    if unit.real is not None:
-        flat, index = flat[..., unit.real, :], index[unit.real]
-    packed.index_copy_(-2, index, flat)
+    if isinstance(unit.queries, Tensor):
+        real = slice(None) if unit.real is None else unit.real.flatten()
+        packed[..., unit.queries.flatten()[real], :] = values.movedim(0, -3).flatten(-3, -2)[..., real, :]
+    else:
+        packed[..., unit.queries[0], :] = values[0]
 
 
 def _add(packed: Tensor, index: Index, values: Tensor) -> None:
-    """Adds [B, ..., K, D] gradients of a unit's keys to [..., S, D], in place."""
-    if isinstance(index, slice):
-        packed[..., index, :] += values[0]
-    else:
+    """Adds [B, ..., K, D] gradients of a unit's keys to [..., S, D], in place. Padded keys bring zeros."""
+    if isinstance(index, Tensor):
         packed.index_add_(-2, index.flatten(), values.movedim(0, -3).flatten(-3, -2))
+        return
+    lengths = [part.stop - part.start for part in index]
+    for part, value in zip(index, values[0].split(lengths, -2), strict=True):
+        packed[..., part, :] += value
 
 
 class _GroupAttention(Function):
@@ -193,44 +208,35 @@ class _GroupAttention(Function):
         window: int | None,
     ) -> Tensor:
         heads, tokens, size = query.shape
-        shared = key.shape[0]
-        grouped = query.unflatten(0, (shared, heads // shared))  # [M, R, S, D]
+        shared, repeats = key.shape[0], heads // key.shape[0]
+        grouped = query.unflatten(0, (shared, repeats))
         output = query.new_empty(tokens, heads, size)
-        folded = output.view(tokens, shared, heads // shared, size).permute(1, 2, 0, 3)  # [M, R, S, D]
-        log_sums = query.new_empty(*grouped.shape[:3], 1)
-        kept: list[Tensor | None] = []
+        kept: list[Tensor] = []
         for unit in units:
-            scores = _scores(unit, grouped, key, scale, window)
-            largest = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(largest).exp_()
-            total = weights.sum(-1, keepdim=True)
-            keep = torch.rand_like(weights) >= dropout if dropout else None
-            kept.append(keep)
-            if keep is not None:
-                weights.mul_(keep).div_(1 - dropout)
-            result = torch.matmul(weights, _take(value, unit.keys)).div_(total)
-            _put(folded, unit, _unfold(result, grouped.shape[1]))
-            _put(log_sums, unit, _unfold(total.log_().add_(largest), grouped.shape[1]))
-        ctx.save_for_backward(query, key, value, output, log_sums, *(keep for keep in kept if keep is not None))
+            weights = unit.weights(_scores(unit, grouped, key, scale), window)
+            if dropout:
+                kept.append(torch.rand_like(weights) >= dropout)
+                weights.mul_(kept[-1]).div_(1 - dropout)
+            result = torch.matmul(weights, _take(value, unit.keys))
+            _put(_grouped(output, shared), unit, result.unflatten(2, (repeats, -1)))
+        ctx.save_for_backward(query, key, value, output, *kept)
         ctx.units, ctx.scale, ctx.dropout, ctx.window = units, scale, dropout, window
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, log_sums, *kept = ctx.saved_tensors
+        query, key, value, output, *kept = ctx.saved_tensors
         heads, tokens, size = query.shape
         shared, repeats = key.shape[0], heads // key.shape[0]
         grouped = query.unflatten(0, (shared, repeats))
-        gradient = gradients[0].unflatten(1, (shared, repeats)).permute(1, 2, 0, 3)  # [M, R, S, D]
+        gradient = _grouped(gradients[0], shared)
         # sum over keys of weight * d weight: one number per query, whatever the unit.
-        means = (gradients[0] * output).sum(-1, keepdim=True).unflatten(1, (shared, repeats)).permute(1, 2, 0, 3)
+        means = _grouped((gradients[0] * output).sum(-1, keepdim=True), shared)
         d_query = query.new_empty(tokens, heads, size)
-        folded = d_query.view(tokens, shared, repeats, size).permute(1, 2, 0, 3)
         d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
         for number, unit in enumerate(ctx.units):
-            weights = _scores(unit, grouped, key, ctx.scale, ctx.window)
-            weights.sub_(_fold(_take(log_sums, unit.queries))).exp_()
-            above = _fold(_take(gradient, unit.queries))
+            weights = unit.weights(_scores(unit, grouped, key, ctx.scale), ctx.window)
+            above = _take(gradient, unit.queries).flatten(2, 3)
             d_weights = torch.matmul(above, _take(value, unit.keys).mT)
             if kept:
                 scaled = kept[number] / (1 - ctx.dropout)
@@ -238,24 +244,18 @@ class _GroupAttention(Function):
                 _add(d_value, unit.keys, torch.matmul((weights * scaled).mT, above))
             else:
                 _add(d_value, unit.keys, torch.matmul(weights.mT, above))
-            d_scores = d_weights.sub_(_fold(_take(means, unit.queries))).mul_(weights).mul_(ctx.scale)
-            _put(folded, unit, _unfold(torch.matmul(d_scores, _take(key, unit.keys)), repeats))
-            _add(d_key, unit.keys, torch.matmul(d_scores.mT, _fold(_take(grouped, unit.queries))))
+            d_scores = d_weights.sub_(_take(means, unit.queries).flatten(2, 3)).mul_(weights).mul_(ctx.scale)
+            d_unit = torch.matmul(d_scores, _take(key, unit.keys))
+            _put(_grouped(d_query, shared), unit, d_unit.unflatten(2, (repeats, -1)))
+            _add(d_key, unit.keys, torch.matmul(d_scores.mT, _take(grouped, unit.queries).flatten(2, 3)))
         return d_query.transpose(0, 1), d_key, d_value, None, None, None, None
 
 
-def _fold(values: Tensor) -> Tensor:
-    """[B, M, R, Q, D] -> [B, M, R*Q, D]."""
-    return values.flatten(2, 3)
+def _grouped(values: Tensor, shared: int) -> Tensor:
+    """[S, H, D] -> [M, R, S, D], a view."""
+    return values.unflatten(1, (shared, -1)).permute(1, 2, 0, 3)
 
 
-def _unfold(values: Tensor, repeats: int) -> Tensor:
-    """[B, M, R*Q, D] -> [B, M, R, Q, D]."""
-    return values.unflatten(2, (repeats, -1))
-
-
-def _scores(unit: Unit, grouped: Tensor, key: Tensor, scale: float, window: int | None) -> Tensor:
-    """[B, M, R*Q, K] scaled scores, -inf where nothing may be seen."""
-    scores = torch.matmul(_fold(_take(grouped, unit.queries)) * scale, _take(key, unit.keys).mT)
-    unit.hide(scores, window)
-    return scores
+def _scores(unit: Unit, grouped: Tensor, key: Tensor, scale: float) -> Tensor:
+    """[B, M, R*Q, K] scaled scores of [M, R, S, D] queries."""
+    return torch.matmul(_take(grouped, unit.queries).flatten(2, 3) * scale, _take(key, unit.keys).mT)
