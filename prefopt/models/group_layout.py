@@ -22,8 +22,8 @@ from torch.autograd import Function
 
 from prefopt.packing import Group
 
-# Queries of one unit: its scores (9 heads x 128 x 300 keys = 1.4 MB in float32) stay in a core's cache.
-_BLOCK = 128
+# Queries of one unit: its scores (9 heads x 64 x 300 keys = 0.7 MB in float32) stay in a core's cache.
+BLOCK = 64
 # Groups up to this length share units.
 _SMALL_GROUP = 48
 # Padded score positions (B * Q * K) that a shared unit may hold.
@@ -42,14 +42,15 @@ class Unit:
         keys: where the keys stand.
         real: [B, Q] bool, which queries are real; None when all are.
         hidden: [B, 1, Q, k] -inf where a query must not see one of the last k keys, else 0; all earlier keys are seen.
-        distance: [B, 1, Q, K] position(query) - position(key), for sliding windows.
+        query_positions, key_positions: [B, Q], [B, K] positions within prompt + branch, for sliding windows.
     """
 
     queries: Index
     keys: Index
     real: Tensor | None
     hidden: Tensor
-    distance: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
 
     def weights(self, scores: Tensor, window: int | None) -> Tensor:
         """[B, M, R*Q, K] softmax over what may be seen; 0 in padded rows. Overwrites `scores`."""
@@ -58,7 +59,8 @@ class Unit:
         view = scores.view(batch, heads * (rows // queries), queries, keys)
         view[..., keys - self.hidden.shape[3] :].add_(self.hidden)
         if window is not None and keys > window:
-            view.masked_fill_(self.distance >= window, -torch.inf)
+            distance = self.query_positions.unsqueeze(-1) - self.key_positions.unsqueeze(-2)
+            view.masked_fill_((distance >= window).unsqueeze(1), -torch.inf)
         weights = scores.softmax(-1)
         if self.real is not None:
             weights.view_as(view).masked_fill_(~self.real[:, None, :, None], 0.0)
@@ -116,8 +118,8 @@ def _shared_ranges(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
 def _blocks(group: Group) -> Iterator[tuple[int, int, int]]:
     """(begin, first query, end) of each block: its branch begins at `begin`, 0 for the prompt. Relative to the group."""
     for begin, end in zip((0, *group.starts[:-1]), group.starts, strict=True):
-        for first in range(begin, end, _BLOCK):
-            yield begin, first, min(first + _BLOCK, end)
+        for first in range(begin, end, BLOCK):
+            yield begin, first, min(first + BLOCK, end)
 
 
 def _block_unit(group: Group, begin: int, first: int, end: int, device: torch.device | str) -> Unit:
@@ -126,10 +128,9 @@ def _block_unit(group: Group, begin: int, first: int, end: int, device: torch.de
     seen = torch.cat([torch.arange(*part) for part in ranges])
     queries = torch.arange(first, end)
     later = queries > queries.unsqueeze(1)  # the last keys are the block itself
-    distance = _positions(queries, begin, prompt).unsqueeze(1) - _positions(seen, begin, prompt)
     return Unit(
-        _slices(group, [(first, end)]), _slices(group, ranges), None, _bias(later[None, None], device),
-        distance[None, None].to(device),
+        _slices(group, [(first, end)]), _slices(group, ranges), None, _bias(later[None, None]).to(device),
+        _positions(queries, begin, prompt).unsqueeze(0).to(device), _positions(seen, begin, prompt).unsqueeze(0).to(device),
     )  # fmt: skip
 
 
@@ -137,8 +138,8 @@ def _slices(group: Group, ranges: Sequence[tuple[int, int]]) -> tuple[slice, ...
     return tuple(slice(group.start + begin, group.start + end) for begin, end in ranges)
 
 
-def _bias(hidden: Tensor, device: torch.device | str) -> Tensor:
-    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(device)
+def _bias(hidden: Tensor) -> Tensor:
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
 def _positions(offsets: Tensor, begin: int, prompt: int) -> Tensor:
@@ -160,10 +161,11 @@ def _shared_unit(groups: Sequence[Group], device: torch.device | str) -> Unit:
     same = (branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2))  # [B, query, key]
     seen = same & (offsets.unsqueeze(0) <= offsets.unsqueeze(1)) & real.unsqueeze(1)
     seen |= ~real.unsqueeze(2)  # a padded query must see something, or its softmax is NaN; it is zeroed and never read
-    distance = (position.unsqueeze(2) - position.unsqueeze(1)).masked_fill(~real.unsqueeze(2), 0)
-    index = index.to(device)
+    query_position = position.masked_fill(~real, 0)  # so that nothing is too far from it
     padded = None if bool(real.all()) else real.to(device)
-    return Unit(index, index, padded, _bias(~seen.unsqueeze(1), device), distance.unsqueeze(1).to(device))
+    index = index.to(device)
+    bias = _bias(~seen.unsqueeze(1)).to(device)
+    return Unit(index, index, padded, bias, query_position.to(device), position.to(device))
 
 
 def _take(packed: Tensor, index: Index) -> Tensor:
