@@ -69,7 +69,8 @@ def run_options(folder: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        flat = {**config["data"], **config["model"], **config["supervised"], "batch_size": config["budget"]["batch_size"]}
+        budget = {name: config["budget"][name] for name in ("batch_size", "micro_batch_size", "micro_batch_tokens")}
+        flat = {**config["data"], **config["model"], **config["supervised"], **budget}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no config of a `prefopt train` run ({type(error).__name__}: {error}).") from error

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import losses
-from losses.registry import BoundLoss
+from losses.registry import BoundLoss, suggest_option
 from prefopt import algorithms
 from prefopt.cli.flags import (
     Flag,
@@ -46,13 +46,21 @@ ALL = "all"
 _SCORING = "Scoring"
 # Of the common options, what reading pairs and a start depends on.
 _GROUPS = frozenset({"Data", "Model"})
-_MORE = frozenset({"batch_size", "micro_batch_tokens", "eval_pairs", "sft_epochs", "sft_learning_rate"})
+_MORE = frozenset({"batch_size", "micro_batch_size", "micro_batch_tokens", "eval_pairs", "sft_epochs", "sft_learning_rate"})
+_IDLE = frozenset({"lora", "judge_pairs"})  # a policy's adapter says its rank itself, and nothing is judged
 
 
 def build(tokens: Sequence[str]) -> App:
     app = App("score", version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext")
     app.default(make_command(_run, [*_own_flags(), *_shared_flags()], _SCORING))
     return app
+
+
+def explain_unknown(tokens: Sequence[str], option: str) -> str:
+    """What to do about an option that `score` does not have; it is often a hyper-parameter of one loss."""
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    hint = suggest_option(name, [flag.name for flag in (*_own_flags(), *_shared_flags())])
+    return f"score has no option {option.partition('=')[0]}{hint}. Hyper-parameters are set by --losses NAME:FLAG=VALUE."
 
 
 def _own_flags() -> list[Flag]:
@@ -69,7 +77,7 @@ def _own_flags() -> list[Flag]:
 
 
 def _shared_flags() -> list[Flag]:
-    return [flag for flag in option_flags() if flag.group in _GROUPS or flag.name in _MORE]
+    return [flag for flag in option_flags() if (flag.group in _GROUPS or flag.name in _MORE) and flag.name not in _IDLE]
 
 
 def _run(

@@ -185,6 +185,7 @@ def test_a_wrong_word_says_what_is_right(words: list[str], message: str) -> None
 def test_refusals_say_what_to_do(cli: Any, text: tuple[Any, ...], tmp_path: Path) -> None:
     assert "did you mean 'dpo'?" in cli("score", "--losses", "dop").err
     assert "needs rollouts" in cli("score", "--losses", "ppo", *text).err
+    assert "set by --losses NAME:FLAG=VALUE" in cli("score", "--beta", 0.5).err
     assert "no such folder" in cli("score", "--policy", tmp_path / "none").err
     assert "use test or policy" in cli("score", "--role", "judge").err
     assert "no model" in cli("score", "--data", "pairs.jsonl").err
