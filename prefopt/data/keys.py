@@ -6,6 +6,7 @@ Equality of keys is equality of 64-bit digests; among ten million different keys
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 from prefopt.data.records import Record
 from prefopt.errors import DataError
+
+_NOT_LETTERS = re.compile(r"[\W_]+")  # all but letters and digits
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class KeyWriter:
         draw, redraw = draw_points(record.key)
         self._draws.append(draw)
         self._redraws.append(redraw)
-        letters = "".join(char for char in record.key.lower() if char.isalnum())
+        letters = _NOT_LETTERS.sub("", record.key.lower())
         self._forms.append(_digest(letters) or 1 if letters else 0)
 
     def columns(self) -> dict[str, NDArray[np.uint64]]:

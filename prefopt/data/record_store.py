@@ -23,6 +23,7 @@ from prefopt.data.keys import Keys, KeyWriter
 from prefopt.data.records import Labels, Record, Text
 
 _RECORDS, _COLUMNS = "records.jsonl", "columns.safetensors"
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ class RecordWriter:
 
     def add(self, record: Record, line: int) -> None:
         self._keys.add(record)
-        text = json.dumps(
-            [record.prompt, record.completions, record.labels.as_list(), record.key], ensure_ascii=False, separators=(",", ":")
-        ).encode()
+        text = _encode([record.prompt, record.completions, record.labels.as_list(), record.key]).encode()
         self._digest.update(f"{record.id}\n{record.source}\n{record.official_test}\n{len(text)}\n".encode() + text)
         self._file.write(text)
         self._size += len(text)

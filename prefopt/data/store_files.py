@@ -85,7 +85,8 @@ def new_folder(folder: Path) -> Iterator[Draft]:
         try:
             os.rename(staged, folder)
         except OSError:
-            if not folder.exists():  # else another process has made the same folder meanwhile
+            # Another process may have made the same folder meanwhile; a damaged one that cannot be removed is none.
+            if not folder.exists() or _verify(folder)[0] is not None:
                 raise
     except OSError as error:
         raise OutputError(

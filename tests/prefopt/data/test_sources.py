@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from prefopt.data import sources
 from prefopt.data.hh import to_chat
 from prefopt.data.rows import Parsed
 from prefopt.data.sources import Loaded, load
@@ -231,3 +234,64 @@ def test_length_baseline_counts_ties_as_half(tmp_path: Path) -> None:
     baseline = loaded.report.sources[0].length_baseline
     assert baseline is not None
     assert (baseline.longer, baseline.shorter, baseline.ties, baseline.longer_wins) == (1, 2, 1, 0.375)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files whose lines were read: a hit in the cache reads none."""
+    seen: list[str] = []
+    original = sources._read_lines
+
+    def counted(path: Path, name: str) -> Any:
+        seen.append(path.name)
+        return original(path, name)
+
+    monkeypatch.setattr(sources, "_read_lines", counted)
+    return seen
+
+
+def test_files_of_equal_bytes_are_read_once_and_reported_every_time(tmp_path: Path, reads: list[str]) -> None:
+    rows = [GOOD, {**GOOD, "chosen": ""}, {**GOOD, "prompt": "q", "soft_label": 0.7, "note": 1}]
+    source = write(tmp_path / "set" / "test.jsonl", rows)
+    first, second = (load([source], cache=tmp_path / "cache") for _ in range(2))
+    assert reads == ["test.jsonl"]
+    assert first.report == second.report == load([source]).report
+    assert list(first.records) == list(second.records) == list(load([source]).records)
+
+
+@pytest.mark.parametrize("change", ["bytes", "name", "chat", "limit", "on_bad_row", "another"])
+def test_whatever_decides_what_is_read_is_read_anew(tmp_path: Path, reads: list[str], change: str) -> None:
+    source, options, cache = write(tmp_path / "a.jsonl", [GOOD]), {}, tmp_path / "cache"
+    load([source], cache=cache)
+    given = [source]
+    if change == "bytes":
+        write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "prompt": "q"}])
+    elif change == "name":
+        given = [write(tmp_path / "test.jsonl", [GOOD])]
+    elif change == "another":
+        given = [source, write(tmp_path / "b.jsonl", [GOOD])]
+    else:
+        options = {"chat": {"as_chat": True}, "limit": {"limit": 1}, "on_bad_row": {"on_bad_row": "error"}}[change]
+    expected = load(given, **options)
+    reads.clear()
+    found = load(given, **options, cache=cache)
+    assert len(reads) == len(given)
+    assert (list(found.records), found.report) == (list(expected.records), expected.report)
+
+
+def test_damaged_records_are_read_again_with_a_message(tmp_path: Path, reads: list[str]) -> None:
+    source, console = write(tmp_path / "a.jsonl", [GOOD] * 9), Console(file=io.StringIO(), width=200)
+    expected = list(load([source], cache=tmp_path / "cache").records)
+    [path] = (tmp_path / "cache" / "records").glob("*/records.jsonl")
+    path.write_bytes(path.read_bytes()[:-5])
+    assert list(load([source], cache=tmp_path / "cache", console=console).records) == expected
+    assert len(reads) == 2
+    assert isinstance(console.file, io.StringIO)
+    assert "records in the cache are damaged (records.jsonl has" in console.file.getvalue()
+
+
+def test_a_file_that_cannot_be_used_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(DataError, match="no usable row"):
+            load([write(tmp_path / "a.jsonl", [{**GOOD, "chosen": ""}])], cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "records").iterdir())
