@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from prefopt.data.records import Example
-from prefopt.models.causal_lm import FrozenReference
-from prefopt.packing import flat_roles, pack
+from prefopt.errors import ConfigError
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint
+from prefopt.packing import PackedBatch, flat_roles, pack
 from prefopt.shards import UNKNOWN, Index, Shard, read_shard, unwritable, write_shard
 
 try:
@@ -266,6 +267,48 @@ class ReferenceCache:
         self._index.add(shards)
 
 
+class StartReference(FrozenReference):
+    """A policy as the reference that it starts from, until its first update: no copy of the weights is made.
+
+    For runs whose losses and metrics need nothing of the reference but log-probs that are computed ahead.
+
+    Args:
+        policy: fully fine-tuned; under LoRA policy and reference share their weights anyway (`build_policy`).
+
+    Raises:
+        ConfigError: by every method, once the policy's weights have changed.
+    """
+
+    def __init__(self, policy: CausalLMPolicy) -> None:
+        if policy.lora is not None:
+            raise ConfigError("StartReference is for full fine-tuning; with LoRA build_policy makes no copy either.")
+        super().__init__(policy, fingerprint(policy.model))
+        self._start = self._bit_sums()
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """As `FrozenReference.hidden`."""
+        self._check()
+        return super().hidden(batch)
+
+    def rows(self, batch: PackedBatch, quantities: Collection[str]) -> dict[str, Tensor]:
+        """As `FrozenReference.rows`."""
+        self._check()
+        return super().rows(batch, quantities)
+
+    def _bit_sums(self) -> Tensor:
+        """[weights] int64: exact in any order. A fused optimizer leaves no other trace, version counters included."""
+        integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+        return torch.stack([p.detach().view(integers[p.element_size()]).sum() for p in self._policy.model.parameters()])
+
+    def _check(self) -> None:
+        if not torch.equal(self._bit_sums(), self._start):
+            raise ConfigError(
+                "the reference is asked for log-probs that were not computed before the policy's first update, and no copy of "
+                "its weights was kept: compute them ahead (reference_pass='ahead', ReferenceCache.prepare), or take the "
+                "reference that build_policy returns."
+            )
+
+
 def completion_keys(example: Example) -> list[bytes]:
     """sha256 of prompt and completion ids for each completion; lengths keep "12|3" and "1|23" apart."""
     prompt = hashlib.sha256(_encoded(example.prompt_ids))
@@ -278,7 +321,7 @@ def completion_keys(example: Example) -> list[bytes]:
 
 
 def _encoded(ids: Sequence[int]) -> bytes:
-    return len(ids).to_bytes(8, "little") + np.asarray(array("i", ids), dtype="<i4").tobytes()
+    return len(ids).to_bytes(8, "little") + array("i", ids).tobytes()  # int32
 
 
 def _example_key(keys: Sequence[bytes]) -> bytes:

@@ -5,17 +5,20 @@ Each is `fit` with another loss; the cache key is the weights it starts from, th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -24,9 +27,12 @@ import losses
 from prefopt.data.records import Example, Labels
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA, fingerprint
 from prefopt.optimization import Optimization
+from prefopt.reference import completion_keys
 from prefopt.rollouts import RewardModelScorer
 from prefopt.streams import Budget, OfflineStream
 from prefopt.trainer import fit
+
+_FACTS, _WEIGHTS = "stage.json", "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ def examples_key(examples: Sequence[Example]) -> str:
     """Content of a data set: token ids and order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(repr((example.prompt_ids, example.completion_ids)).encode())
+        keys = completion_keys(example)
+        digest.update(len(keys).to_bytes(8, "little") + b"".join(keys))
     return digest.hexdigest()[:16]
 
 
@@ -79,17 +86,13 @@ def supervised_start(
         budget, optimization: of the stage.
     """
     if both:
-        examples = [
-            replace(e, id=f"{e.id}/{k}", completion_ids=(ids,), labels=Labels())
-            for e in examples
-            for k, ids in enumerate(e.completion_ids)
-        ]
+        examples = _EveryCompletion(examples)
     key = content_key("sft", fingerprint(model), examples_key(examples), both, asdict(budget), asdict(optimization))
     folder = cache / "sft" / key
     policy = CausalLMPolicy(model, tokenizer)
-    if (folder / "stage.json").exists():
-        policy.load_trainable_state(load_file(folder / "weights.safetensors", device=str(policy.device)))
-        return _read_stage(folder)
+    known = _load_stage(folder, policy)
+    if known is not None:
+        return known
     stream = OfflineStream(examples, kind="completions", budget=budget, dtype=policy.dtype)
     result = fit(policy, losses.get("sft").bind(), stream, optimization, console=console, title="SFT of the shared start")
     loss = next((line["loss"] for line in reversed(result.lines) if "loss" in line), float("nan"))
@@ -141,11 +144,10 @@ def reward_model(
     scorer = RewardModelScorer(
         policy, max_length=max_length, max_completion_length=max_completion_length, micro_batch_tokens=budget.micro_batch_tokens
     )
-    if (folder / "stage.json").exists():
-        policy.load_trainable_state(load_file(folder / "weights.safetensors", device=str(policy.device)))
-        stage = _read_stage(folder)
-        scorer.offset = stage.facts["offset"]
-        return scorer, stage
+    known = _load_stage(folder, policy)
+    if known is not None:
+        scorer.offset = known.facts["offset"]
+        return scorer, known
     begin = time.perf_counter()
     stream = OfflineStream(train, kind="pairs", budget=budget, dtype=policy.dtype)
     result = fit(policy, losses.get("bradley_terry").bind(), stream, optimization, console=console, title=title)
@@ -169,20 +171,59 @@ def pair_record(scorer: RewardModelScorer, pairs: Sequence[Example]) -> dict[str
     }
 
 
-def _read_stage(folder: Path) -> Stage:
-    stored = json.loads((folder / "stage.json").read_text())
+class _EveryCompletion(Sequence[Example]):
+    """Each completion as an example of its own, read when it is asked for."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+        self._ends = np.cumsum([len(example.completion_ids) for example in examples])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = int(np.searchsorted(self._ends, index, side="right"))
+        example = self._examples[row]
+        k = index - int(self._ends[row]) + len(example.completion_ids)
+        return replace(example, id=f"{example.id}/{k}", completion_ids=(example.completion_ids[k],), labels=Labels())
+
+
+def _load_stage(folder: Path, policy: CausalLMPolicy) -> Stage | None:
+    """The stage, its weights copied into `policy`; None when there is none. A damaged one is set aside."""
+    if not (folder / _FACTS).exists():
+        return None
+    try:
+        stored = json.loads((folder / _FACTS).read_text())
+        if stored.get("sha256") != _sha256(folder / _WEIGHTS):
+            raise ValueError(f"{_WEIGHTS} is not the file that was written")
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.replace(folder, folder.with_name(f".damaged-{folder.name}-{uuid.uuid4().hex[:8]}"))
+        warnings.warn(f"{folder}: a damaged stage in the cache ({error}); set aside, it is trained again.", stacklevel=3)
+        return None
+    policy.load_trainable_state(load_file(folder / _WEIGHTS, device=str(policy.device)))
     return Stage(stored["key"], stored["tokens"], 0.0, True, stored["facts"])
 
 
 def _write_stage(folder: Path, weights: dict[str, torch.Tensor], stage: Stage) -> Stage:
     staged = folder.parent / f".tmp-{uuid.uuid4().hex}"
     staged.mkdir(parents=True)
-    save_file({name: value.contiguous().cpu() for name, value in weights.items()}, staged / "weights.safetensors")
-    (staged / "stage.json").write_text(json.dumps({"key": stage.key, "tokens": stage.tokens, "facts": stage.facts}))
+    save_file({name: value.contiguous().cpu() for name, value in weights.items()}, staged / _WEIGHTS)
+    facts = {"key": stage.key, "tokens": stage.tokens, "facts": stage.facts, "sha256": _sha256(staged / _WEIGHTS)}
+    (staged / _FACTS).write_text(json.dumps(facts))
     try:
         os.replace(staged, folder)
     except OSError:
         shutil.rmtree(staged)  # another process finished the same stage first: the content is equal
-        if not (folder / "stage.json").exists():
+        if not (folder / _FACTS).exists():
             raise
     return stage
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

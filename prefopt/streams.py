@@ -74,6 +74,8 @@ class Budget:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.epochs <= 0 or self.max_steps < 0 or self.micro_batch_size < 0:
             raise ConfigError(f"epochs must be positive, max_steps and micro_batch_size not negative; got {self}.")
+        if self.reference_pass not in ("ahead", "in-loop"):
+            raise ConfigError(f"reference_pass must be 'ahead' or 'in-loop', got {self.reference_pass!r}.")
 
     def steps(self, examples: int) -> int:
         """Optimizer updates over a data set of this size."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,12 @@ def test_the_supervised_start_learns_what_it_is_shown(tmp_path: Path) -> None:
     untrained = build_model()
     chosen, both = build_model(), build_model()
     stage = start(chosen, tmp_path)
-    start(both, tmp_path, both=True)
+    twice = start(both, tmp_path, both=True)
     assert nll(chosen, 0) < 0.7 * nll(untrained, 0)
     assert nll(chosen, 1) > nll(untrained, 1)
     assert nll(both, 1) < 0.8 * nll(untrained, 1)
-    assert stage.facts["steps"] == 24
+    assert (stage.facts["steps"], twice.facts["steps"]) == (24, 48)
+    assert twice.tokens == 6 * sum(len(e.prompt_ids) + len(ids) for e in preferring_a(64) for ids in e.completion_ids)
     assert stage.facts["loss"] < nll(untrained, 0)
     assert stage.tokens == 6 * sum(len(e.prompt_ids) + len(e.completion_ids[0]) for e in preferring_a(64))
     assert not stage.cached
@@ -141,6 +143,36 @@ def test_an_unfinished_stage_is_not_taken_for_a_finished_one(tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             start(build_model(), tmp_path)
     assert not start(build_model(), tmp_path).cached
+
+
+def damage_weights(folder: Path) -> None:
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "weights.safetensors").write_bytes(content)
+
+
+def damage_facts(folder: Path) -> None:
+    (folder / "stage.json").write_text((folder / "stage.json").read_text()[:-9])
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "weights.safetensors").unlink()
+
+
+@pytest.mark.parametrize("harm", [damage_weights, damage_facts, lose_weights])
+def test_a_damaged_stage_is_trained_again(tmp_path: Path, trainings: list[str], harm: Callable[[Path], None]) -> None:
+    """A flipped bit would be loaded silently, and shared by every cell."""
+    first, second, third = build_model(), build_model(), build_model()
+    stage = start(first, tmp_path)
+    harm(tmp_path / "sft" / stage.key)
+    with pytest.warns(UserWarning, match="damaged stage in the cache"):
+        again = start(second, tmp_path)
+    assert not again.cached
+    assert start(third, tmp_path).cached
+    assert trainings == ["sft", "sft"]
+    for name, value in weights_of(first).items():
+        assert torch.equal(second.state_dict()[name], value)
+        assert torch.equal(third.state_dict()[name], value)
 
 
 def test_two_processes_that_finish_the_same_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,5 +263,8 @@ def test_keys_follow_content() -> None:
     assert examples_key(rows) == examples_key(renamed)
     moved = [Example("x", (C,), ((A, B),)), Example("x", (C, A), ((B,),))]
     assert examples_key(moved[:1]) != examples_key(moved[1:])
+    together = [Example("x", (C,), ((A,), (B,)))]
+    apart = [Example("x", (C,), ((A,),)), Example("y", (C,), ((B,),))]
+    assert examples_key(together) != examples_key(apart)
     assert content_key("a", {"x": 1, "y": 2}) == content_key("a", {"y": 2, "x": 1})
     assert content_key("a", None) != content_key("a", 0)
