@@ -11,7 +11,7 @@ CHECKED := losses prefopt tests benchmarks docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format readme bench bench-exact bench-hh clean
+.PHONY: help setup test test-slow lint format readme bench bench-exact bench-hh bench-speed clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,13 @@ bench-exact: $(STAMP) ## the exact world alone
 bench-hh: $(STAMP) ## HH alone: make bench-hh HH=folder MODEL=name
 	@test -n "$(HH)" || { echo "bench-hh needs the folder of the HH data set: make bench-hh HH=path/to/hh-rlhf"; exit 2; }
 	$(BIN)/python -m benchmarks.quick --only hh --hh $(HH) --model $(MODEL)
+
+# Each script prints and writes its own numbers; one that fails does not keep the others from running.
+bench-speed: $(STAMP) ## steps, starts and sampling beside TRL and the machine's limits: make bench-speed HH=folder
+	@test -n "$(HH)" || { echo "bench-speed needs the folder of the HH data set: make bench-speed HH=path/to/hh-rlhf"; exit 2; }
+	@failed=; for script in vs_trl startup limits rollouts; do \
+	  $(BIN)/python -m benchmarks.$$script --hh $(HH) --model $(MODEL) --json runs/speed/$$script.json || failed="$$failed $$script"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean: ## remove caches; .venv and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

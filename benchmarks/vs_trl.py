@@ -19,6 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.duel import CACHED, LOOP, MODES, TINY, Contest, Duel, Turn, peak_of_prefopt, peak_of_trl, tiny_batches
 from benchmarks.measuring import (
     BUSY_LIMIT,
@@ -54,23 +56,24 @@ Seconds = Callable[[Turn], float]
 def hh_batches(
     sources: Sequence[str], model: str, *, pairs: int, steps: int, max_length: int, seed: int
 ) -> tuple[tuple[Example, ...], ...]:
-    """The first steps that a run with this seed makes on the policy rows, behind a warm-up step of the shortest other pairs.
-
-    Args:
-        sources: of HH.
-        model: whose tokenizer is used.
-        pairs: of a step.
-        steps: without the warm-up.
-        max_length: of prompt with completion.
-        seed: of the order.
-    """
+    """`first_steps` of the policy rows of HH, tokenised as `prefopt train` does."""
     tokenizer = load_model(model, cache=default_cache(), device="cpu").tokenizer
     records = split_roles(load(sources).records).policy
-    examples = tokenize(records, tokenizer, max_length=max_length).examples
+    limits = {"max_length": max_length, "max_completion_length": max_length // 2}
+    return first_steps(tokenize(records, tokenizer, **limits).examples, pairs=pairs, steps=steps, seed=seed)
+
+
+def first_steps(examples: Sequence[Example], *, pairs: int, steps: int, seed: int) -> tuple[tuple[Example, ...], ...]:
+    """The steps that a run with this seed begins with, behind a warm-up step of the shortest pairs that are in none of them.
+
+    Args:
+        examples: all pairs.
+        pairs: of a step.
+        steps: without the warm-up.
+        seed: of the order.
+    """
     if len(examples) < pairs * (steps + 1):
-        raise SystemExit(
-            f"error: {len(examples)} pairs are too few for {steps} steps and a warm-up of {pairs}; name more data."
-        )
+        raise SystemExit(f"error: {len(examples)} pairs are too few for {steps} steps and a warm-up of {pairs}: give more.")
     order = epoch_order(len(examples), seed, 0)
     used, rest = order[: pairs * steps], order[pairs * steps :]
     short = sorted((examples[index] for index in rest), key=lambda example: example.tokens)[:pairs]
@@ -91,13 +94,14 @@ def padded_tokens(batch: Sequence[Example]) -> int:
 
 def disagreements(turns: Sequence[Turn]) -> tuple[float, float]:
     """Largest differences within a round over all four turns: of the loss in nats, of the gradient's norm relative to it."""
-    loss = norm = 0.0
+    loss, norm = [], []
     for number in {turn.round for turn in turns}:
-        own = [turn for turn in turns if turn.round == number]
-        values, norms = [turn.loss for turn in own], [turn.grad_norm for turn in own]
-        loss = max(loss, max(values) - min(values))
-        norm = max(norm, (max(norms) - min(norms)) / max(norms))
-    return loss, norm
+        # Tensors, because their extremes of NaN are NaN; Python's would pass over it.
+        own = torch.tensor([[turn.loss, turn.grad_norm] for turn in turns if turn.round == number], dtype=torch.float64)
+        lowest, highest = own.amin(0), own.amax(0)
+        loss.append(highest[0] - lowest[0])
+        norm.append((highest[1] - lowest[1]) / highest[1])
+    return float(torch.stack(loss).amax()), float(torch.stack(norm).amax())
 
 
 def undisturbed(turn: Turn) -> bool:
@@ -211,7 +215,7 @@ class Report:
     def check(self, title: str, turns: Sequence[Turn], duels: Sequence[Sequence[Turn]] | None = None) -> None:
         """Losses and gradients agree, or the run fails. Rounds are compared within one duel."""
         differences = [disagreements(own) for own in duels or [turns]]
-        loss, norm = max(d[0] for d in differences), max(d[1] for d in differences)
+        loss, norm = torch.tensor(differences, dtype=torch.float64).amax(0).tolist()
         moved = max(abs(turn.loss - math.log(2)) for turn in turns)
         text = (
             f"{title}: losses differ by at most {loss:.1e} nats (limit {LOSS_TOLERANCE:.0e}), gradient norms by {norm:.1e} of "
