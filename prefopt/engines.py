@@ -179,7 +179,7 @@ def merged_weights(policy: CausalLMPolicy) -> Iterator[tuple[str, Tensor]]:
         if ".lora_" in name:
             continue
         owner = name.rpartition(".base_layer.")[0]
-        if owner and name.endswith(".weight"):
+        if owner and name.endswith(".weight") and not modules[owner].disable_adapters:
             layer = modules[owner]
             for adapter in layer.active_adapters:
                 weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)

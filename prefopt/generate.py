@@ -199,7 +199,8 @@ def draw(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> tupl
     if decoding.top_p < 1:
         support = _nucleus(weights, decoding.top_p)
         weights = weights * support
-    return _pick(weights, generator), support
+    uniform = torch.rand(logits.shape[0], 1, dtype=torch.float64, device=logits.device, generator=generator)
+    return _pick(weights, uniform), support
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:
@@ -212,16 +213,14 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, index, inside)
 
 
-def _pick(weights: Tensor, generator: torch.Generator) -> Tensor:
+def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
     """[B] indices drawn in proportion to [B, V] weights, none of weight zero: the inverse of the distribution function.
 
-    One uniform number a row picks the block where the cumulated block sums pass it, and the token within the block. The
-    cumulated sums are float64: in float32 the rare tokens of a large vocabulary would be lost in rounding.
+    A row's `uniform` [B, 1] number picks the block where the cumulated block sums pass it, and the token within the block. All
+    sums are float64: in float32 the rare tokens of a large vocabulary would be lost in rounding.
     """
     blocks = F.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    sums = blocks.sum(-1).double()
-    uniform = torch.rand(weights.shape[0], 1, dtype=torch.float64, device=weights.device, generator=generator)
-    block, share = _invert(sums, uniform)
+    block, share = _invert(blocks.sum(-1, dtype=torch.float64), uniform)
     inner = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, _BLOCK)).squeeze(1).double()
     within, _ = _invert(inner, share)
     return (block * _BLOCK + within).squeeze(-1)

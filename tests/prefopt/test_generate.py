@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from prefopt.data.exact_world import ExactWorld, WorldConfig
+from prefopt.errors import ConfigError, TrainingError
 from prefopt.forward import unpack_bits
-from prefopt.generate import Decoding, Sample, draw, generate
+from prefopt.generate import Decoding, Sample, _invert, _pick, draw, generate
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA
 
 VOCABULARY = 13
@@ -189,6 +191,64 @@ def test_the_same_generator_state_gives_the_same_samples(world: ExactWorld, worl
     assert sample(0, 1) != sample(1, 1)
 
 
+def test_samples_of_a_prompt_are_the_draws_of_repeated_prompts(world: ExactWorld, world_policy: CausalLMPolicy) -> None:
+    """K samples a prompt come prompt by prompt, draw for draw those of the list with every prompt K times."""
+    prompts, eos = [*world.prompt_ids, world.prompt_ids[0]], [world.layout.eos]
+    decoding = Decoding(3, batch_size=24)
+    grouped = generate(world_policy, prompts, decoding, torch.Generator().manual_seed(4), eos_ids=eos, samples_per_prompt=6)
+    repeated = [ids for ids in prompts for _ in range(6)]
+    assert grouped == generate(world_policy, repeated, decoding, torch.Generator().manual_seed(4), eos_ids=eos)
+    assert len({sample.ids for sample in grouped[:6]}) > 1
+    assert [sample.ids for sample in grouped[:6]] != [sample.ids for sample in grouped[-6:]]
+
+
+def test_a_prompt_is_encoded_once_and_ended_rows_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that go through the model: three prompts once for their eight samples each, then fewer and fewer rows."""
+    policy = CausalLMPolicy(build_model(CONFIGS["llama"], seed=6, std=0.1), tokenizer=None)
+    sizes: list[int] = []
+    encode = policy.encode
+
+    def count(ids: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(ids))
+        return encode(ids, *rest)
+
+    monkeypatch.setattr(policy, "encode", count)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    samples = generate(policy, prompts, Decoding(40), torch.Generator().manual_seed(0), eos_ids=[3, 7], samples_per_prompt=8)
+    assert sizes[0] == 9
+    assert sizes[1] == 24 or sizes[1] < 24 * 0.85
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    # Rows that have ended are computed along only while few of them are left in.
+    needed = [sum(len(sample.ids) > step for sample in samples) for step in range(1, len(sizes))]
+    assert all(live <= size <= live / 0.85 for live, size in zip(needed, sizes[1:], strict=True))
+    assert len(set(sizes[1:])) > 3
+
+
+def test_unusable_requests_are_refused() -> None:
+    policy = CausalLMPolicy(build_model(CONFIGS["llama"]), tokenizer=None)
+    with pytest.raises(ConfigError, match="1 of 2 are empty"):
+        generate(policy, [[1], []], Decoding(2), torch.Generator(), eos_ids=[3])
+    with pytest.raises(ConfigError, match=r"at least 1 \(got 0\)"):
+        generate(policy, [[1]], Decoding(2), torch.Generator(), eos_ids=[3], samples_per_prompt=0)
+    for wrong in ({"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(ConfigError, match="must be at least 1, temperature not negative"):
+            Decoding(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_policy_that_has_diverged_is_reported(value: float) -> None:
+    policy = CausalLMPolicy(build_model(CONFIGS["llama"]), tokenizer=None)
+    with torch.no_grad():
+        policy.head.weight[5] = value
+    with pytest.raises(TrainingError, match="new token 1 or shortly before are not finite"):
+        generate(policy, [[1, 2]], Decoding(4), torch.Generator().manual_seed(0), eos_ids=[3])
+
+
+def test_no_prompts_give_no_samples() -> None:
+    policy = CausalLMPolicy(build_model(CONFIGS["llama"]), tokenizer=None)
+    assert generate(policy, [], Decoding(4), torch.Generator(), eos_ids=[3]) == []
+
+
 def test_progress_counts_prompts(world: ExactWorld, world_policy: CausalLMPolicy) -> None:
     told: list[tuple[int, int]] = []
     prompts = [world.prompt_ids[0]] * 5
@@ -235,3 +295,48 @@ def test_nucleus_is_the_smallest_set_and_never_empty(seed: int, top_p: float, sc
     assert support[torch.arange(6), drawn].all()
     outside = torch.where(support, 0.0, probabilities).amax(-1)
     assert (outside <= least + 1e-6).all()
+
+
+@pytest.mark.parametrize("vocabulary", [5, 256, 257, 1000])
+def test_draws_follow_the_distribution_over_all_blocks(vocabulary: int) -> None:
+    """Chi-square of 100,000 draws: vocabularies shorter than, equal to and not divisible by a block; -inf is never drawn."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(vocabulary, generator=generator)
+    logits[::7] = -math.inf
+    counts = torch.zeros(vocabulary)
+    for _ in range(10):
+        drawn, _ = draw(logits.expand(10_000, -1), Decoding(), generator)
+        counts += torch.bincount(drawn, minlength=vocabulary)
+    kept = logits > -math.inf
+    assert counts[~kept].sum() == 0
+    assert chisquare(counts[kept], logits.double().softmax(-1)[kept] * 100_000).pvalue > 1e-3
+
+
+def test_rare_tokens_of_a_large_vocabulary_are_not_lost_in_rounding() -> None:
+    """Behind a token of almost all mass, 50,000 rare ones of 2e-8 each: in float32 a sum near 1 moves in steps of 6e-8, and two
+    of three of them could never be drawn. The middle of each token's interval draws that token."""
+    weights = torch.full((50_001,), 2e-8)
+    weights[0] = 1.0
+    exact = weights.double()
+    asked = torch.tensor([0, 1, 2, 3, 255, 256, 257, 30_000, 30_001, 30_002, 49_999, 50_000])
+    middle = (exact.cumsum(0) - exact / 2)[asked] / exact.sum()
+    assert _pick(weights.expand(len(asked), -1), middle.unsqueeze(-1)).tolist() == asked.tolist()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.25, 0.5, 1 - 2**-53, 1.0])
+def test_no_uniform_number_points_at_an_index_without_mass(uniform: float) -> None:
+    """Also 0, which would point at a leading zero, and 1, which rounding can reach."""
+    mass = torch.tensor([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
+    index, share = _invert(mass, torch.full((1, 1), uniform, dtype=torch.float64))
+    assert index.item() == {0.0: 1, 0.25: 3, 0.5: 3}.get(uniform, 4)
+    assert share.item() == pytest.approx({0.0: 0.0, 0.25: 0.0, 0.5: 0.5}.get(uniform, 1.0))
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_a_nucleus_wider_than_the_likely_tokens_is_found_too(scale: float) -> None:
+    """Almost equal probabilities of 4,000 tokens need a full sort; peaked ones do not. Both against the loop."""
+    logits = scale * torch.randn(3, 4_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, support = draw(logits, Decoding(top_p=0.9), torch.Generator().manual_seed(0))
+    assert support is not None
+    assert torch.equal(support, nucleus(logits.softmax(-1), 0.9))
+    assert (int(support.sum(-1).max()) > 1024) == (scale < 1)
