@@ -19,9 +19,11 @@ from prefopt import checkpoint
 from prefopt.communicator import Communicator, SingleProcess
 from prefopt.coupled import coupled_objectives
 from prefopt.errors import ConfigError, OutputError, TrainingError
+from prefopt.first_loss import anchor_loss, check_first_loss
 from prefopt.metrics import Meter
 from prefopt.models.protocol import Batch, Policy, trainable_parameters
-from prefopt.optimization import Logging, Optimization, build_optimizer
+from prefopt.optimization import Logging, Optimization, UpdateGuard, build_optimizer
+from prefopt.prefetch import Feed
 from prefopt.runlog import RunLog
 from prefopt.streams import Stream
 
@@ -33,7 +35,7 @@ class FitResult:
     Args:
         steps: optimizer updates made, earlier parts of a resumed run included.
         tokens: tokens encoded with gradient.
-        seconds: of this process, in the loop, evaluations excluded.
+        seconds: of this process, in the loop: making batches (rollouts included) and training; no evaluations, no writing.
         lines: every metrics line, earlier parts included.
     """
 
@@ -76,7 +78,8 @@ def fit(
 
     Raises:
         TrainingError: a loss or gradient is not finite, or the first loss is not the one that policy = reference gives;
-            the update was not made.
+            the update was not made. On a GPU this is found at the next log line, checkpoint or evaluation, and no update
+            was made in between.
         OutputError: `folder` holds checkpoints and `resume` is off.
         ConfigError: the checkpoint to resume from was written by another loss, optimizer or length of run.
     """
@@ -89,14 +92,17 @@ def fit(
     log = RunLog(folder, title, stream.total_steps, start=run.step, console=console)
     run.result.lines.extend(log.earlier)
     with log:
+        run.resume_clock()
         if run.step == 0:
             run.evaluate(log, evaluate, evaluate_at)
-        for micro_batches in stream:
+        while (micro_batches := run.feed.next()) is not None:
             run.update(micro_batches)
+            run.feed.prefetch()  # before anything waits for the device
             run.after_update(log)
             run.evaluate(log, evaluate, evaluate_at)
             if folder is not None and logging.save_every and _due(run.step, logging.save_every, stream.total_steps):
                 run.save()
+        run.guard.check()
     return run.result
 
 
@@ -119,25 +125,39 @@ class _Run:
         self.parameters = trainable_parameters(policy)
         if not self.parameters:
             raise ConfigError("the policy has no trainable parameter: every weight is frozen.")
+        self.device = self.parameters[0].device
         self.optimizer = build_optimizer(policy, optimization)
+        # A CPU has its numbers at once; a GPU is asked for them where a log line waits for it anyway.
+        self.guard = UpdateGuard(self.optimizer, self.device, deferred=self.device.type != "cpu")
+        self.feed = Feed(stream, self.device)
         self.meter = Meter()
         self.step = 0
-        # name -> (sum, count) of running statistics that losses update, such as BCO's reward shift
-        self.running: dict[str, tuple[float, float]] = {}
+        # name -> [2] sum and count of running statistics that losses update, such as BCO's reward shift
+        self.running: dict[str, Tensor] = {}
         self.result = FitResult()
+        self._plain = [term for term in loss.terms if not term.coupled]
+        self._coupled = [term for term in loss.terms if term.coupled]
+        self._from_policy = frozenset(name for name in loss.needs if VOCABULARY[name].source == "policy")
+        self._in_training = False
+        self._began = time.perf_counter()
         self._timer = 0.0
 
     def update(self, micro_batches: Sequence[Batch]) -> None:
         """One optimizer update from all micro-batches of a step: forward, loss, backward, check, step."""
-        begin = time.perf_counter()
-        self.policy.train(True)
+        if not self._in_training:
+            self.policy.train(True)
+            # A stream of rollouts switches to evaluation mode when it samples; others leave the policy alone.
+            self._in_training = self.feed.ahead
         scale = self.optimization.rate(self.step, self.stream.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.optimization.learning_rate * group["lr_scale"] * scale
-        total = self._backward(micro_batches)
+        total, weights = self._backward(micro_batches)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.optimization.clip_norm or math.inf)
-        if not bool(torch.isfinite(total) & torch.isfinite(norm)):
-            self._refuse(micro_batches, total, norm)
+        try:
+            self.guard.watch(self.step + 1, _ids(micro_batches), total, norm, weights)
+        except TrainingError:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add_value("loss", total)
@@ -147,32 +167,32 @@ class _Run:
         self.step += 1
         self.result.steps = self.step
         self.result.tokens += sum(batch.tokens for batch in micro_batches)
-        self._timer += time.perf_counter() - begin
 
-    def _backward(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Accumulates the gradient of the whole step's objective, and returns its value without gradient."""
-        plain = [term for term in self.loss.terms if not term.coupled]
-        coupled = [term for term in self.loss.terms if term.coupled]
-        weights = self._global_weights(plain, micro_batches)
-        surrogates = coupled_objectives(coupled, self._given, self.policy, micro_batches, self.communicator, self._record)
+    def _backward(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accumulates the gradient of the whole step's objective; returns its value and each term's weight, no gradient."""
+        # One micro-batch on one process is the whole step: its own weight is the global one.
+        whole = len(micro_batches) == 1 and self.communicator.world_size == 1
+        weights = {} if whole else self._global_weights(self._plain, micro_batches)
+        surrogates = coupled_objectives(self._coupled, self._given, self.policy, micro_batches, self.communicator, self._record)
         values: list[Tensor] = list(surrogates.values)
         anchors: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
-            tensors = self._tensors(batch, self.loss.terms)
-            objectives = []
-            for term in plain:
-                output = term(tensors)
-                objectives.append(term.coefficient * (output.loss * output.weight).sum() / weights[term.name])
+            tensors = self._tensors(batch)
+            outputs = [(term, term(tensors)) for term in self._plain]
+            if whole:
+                weights = {term.name: output.weight.detach().double().sum() for term, output in outputs}
+            objectives = [t.coefficient * (out.loss * out.weight).sum() / weights[t.name] for t, out in outputs]
+            for term, output in outputs:
                 self._record(term, output)
-            if self.step == 0 and plain:
-                anchors.append(self._anchor(plain, batch, tensors, weights))
+            if self.step == 0 and outputs:
+                anchors.append(anchor_loss(self._plain, batch, tensors, weights))
             values.extend(value.detach() for value in objectives)
-            objective = torch.stack([*objectives, *surrogates.objectives(index, tensors)]).sum()
-            objective.backward()
+            parts = [*objectives, *surrogates.objectives(index, tensors)]
+            (parts[0] if len(parts) == 1 else torch.stack(parts).sum()).backward()
         total = self.communicator.sum(torch.stack([value.detach() for value in values]).sum())
         if anchors and not any(torch.isnan(anchor) for anchor in anchors):
             self._check_first_loss(total - sum(surrogates.values), torch.stack(anchors).sum(), micro_batches)
-        return total
+        return total, weights
 
     def _global_weights(self, terms: Sequence[BoundTerm], micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Each term's weight summed over all micro-batches and ranks, before any forward pass: weights never depend on
@@ -180,36 +200,42 @@ class _Run:
         totals: dict[str, Tensor] = {}
         for batch in micro_batches:
             for term in terms:
-                zeros = {name: torch.zeros(_shape(name, batch)) for name in term.needs if VOCABULARY[name].source == "policy"}
                 given = self._given(batch, term.needs | term.optional)
-                device = next((value.device for value in given.values()), torch.device("cpu"))
+                zeros = {name: torch.zeros(_shape(name, batch), device=self.device) for name in term.needs & self._from_policy}
                 with torch.no_grad():
-                    weight = term({**{k: v.to(device) for k, v in zeros.items()}, **given}).weight.double().sum()
-                totals[term.name] = totals.get(term.name, 0.0) + weight
-        totals = {name: self.communicator.sum(total) for name, total in totals.items()}
-        for name, total in totals.items():
-            if not total > 0:
-                raise TrainingError(
-                    f"step {self.step + 1}: the weights of {name!r} sum to {float(total)}; no row of this step counts."
-                )
-        return totals
+                    weight = term({**zeros, **given}).weight.double().sum()
+                totals[term.name] = totals[term.name] + weight if term.name in totals else weight
+        return {name: self.communicator.sum(total) for name, total in totals.items()}
+
+    def _check_first_loss(self, got: Tensor, anchor: Tensor, micro_batches: Sequence[Batch]) -> None:
+        if getattr(self.policy, "dropout", False):
+            self.say("dropout is on: the first loss is not compared with the loss of policy = reference.")
+            return
+        try:
+            check_first_loss(got, self.communicator.sum(anchor), self.parameters[0], _ids(micro_batches))
+        except TrainingError:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
 
     def _given(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         """What batch and running statistics provide, on the parameters' device."""
-        wanted = {name for name in names if VOCABULARY[name].source not in ("policy", "state")}
-        device = self.parameters[0].device
-        given = {name: value.to(device) for name, value in batch.tensors(wanted).items()}
-        for name in names:
+        wanted = names - self._from_policy
+        given = {name: value.to(self.device) for name, value in batch.tensors(wanted).items()}
+        for name in wanted:
             if VOCABULARY[name].source == "state":
-                total, count = self.running.get(name, (0.0, 0.0))
-                given[name] = torch.tensor(total / count if count else 0.0, device=device)
+                given[name] = self._running_mean(name)
         return given
 
-    def _tensors(self, batch: Batch, terms: Sequence[BoundTerm]) -> dict[str, Tensor]:
-        needs = frozenset().union(*(term.needs for term in terms))
-        optional = frozenset().union(*(term.optional for term in terms))
-        from_policy = {name for name in needs if VOCABULARY[name].source == "policy"}
-        return {**self._given(batch, needs | optional), **self.policy.evaluate(batch, from_policy)}
+    def _running_mean(self, name: str) -> Tensor:
+        """Scalar; 0 before anything was seen."""
+        if name not in self.running:
+            return torch.zeros((), device=self.device)
+        total, count = self.running[name]
+        return torch.where(count > 0, total / count, 0.0).float()
+
+    def _tensors(self, batch: Batch) -> dict[str, Tensor]:
+        given = self._given(batch, self.loss.needs | self.loss.optional)
+        return {**given, **self.policy.evaluate(batch, self._from_policy)}
 
     def _record(self, term: BoundTerm, output: LossOutput) -> None:
         for name, metric in output.metrics.items():
@@ -217,54 +243,24 @@ class _Run:
         if len(self.loss.terms) > 1:
             self.meter.add(f"loss/{term.name}", (output.loss, output.weight))
         for name, (total, count) in output.updates.items():
-            old = self.running.get(name, (0.0, 0.0))
-            added = self.communicator.sum(torch.stack([total.detach().double(), count.detach().double()])).tolist()
-            self.running[name] = (old[0] + added[0], old[1] + added[1])
+            added = torch.stack([value.detach().double().to(self.device) for value in (total, count)])
+            added = self.communicator.sum(added)
+            self.running[name] = self.running[name] + added if name in self.running else added
 
-    def _anchor(
-        self, terms: Sequence[BoundTerm], batch: Batch, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The objective with policy := reference (or := the sampling policy on rollouts); NaN where neither is known."""
-        swapped = dict(tensors)
-        for name in tensors:
-            if VOCABULARY[name].source == "policy" and name.startswith("policy_"):
-                candidates = [name.replace("policy_", source) for source in ("old_", "reference_")]
-                found = batch.tensors(candidates)
-                if not found:
-                    return torch.tensor(math.nan)
-                swapped[name] = found[candidates[0] if candidates[0] in found else candidates[1]].to(tensors[name])
-        with torch.no_grad():
-            outputs = [(term, term(swapped)) for term in terms]
-            return torch.stack([t.coefficient * (o.loss * o.weight).sum() / weights[t.name] for t, o in outputs]).sum().double()
+    def resume_clock(self) -> None:
+        """Goes on counting training time."""
+        self._began = time.perf_counter()
 
-    def _check_first_loss(self, got: Tensor, expected: Tensor, micro_batches: Sequence[Batch]) -> None:
-        value, anchor = float(got), float(self.communicator.sum(expected))
-        if getattr(self.policy, "dropout", False):
-            self.say("dropout is on: the first loss is not compared with the loss of policy = reference.")
-            return
-        tolerance = _first_loss_tolerance(self.parameters[0]) * (1 + abs(anchor))
-        if math.isfinite(value) and not abs(value - anchor) <= tolerance:
-            self.optimizer.zero_grad(set_to_none=True)
-            raise TrainingError(
-                f"the first loss is {value:.6g}, but with policy = reference it is {anchor:.6g} (tolerance {tolerance:.1g}). "
-                "Before the first update the two must agree. Likely causes: the reference log-probs belong to other weights or "
-                "another tokenisation, dropout is active, the adapter does not start at zero, or policy and reference differ "
-                "in precision. "
-                f"Rows: {_some_ids(micro_batches)}."
-            )
-
-    def _refuse(self, micro_batches: Sequence[Batch], total: Tensor, norm: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(
-            f"step {self.step + 1}: the {'loss' if not torch.isfinite(total) else 'gradient'} is not finite "
-            f"(loss {float(total):.6g}, gradient norm {float(norm):.6g}); no update was made. "
-            f"Rows: {_some_ids(micro_batches)}. Lower the learning rate, or look at these rows."
-        )
+    def settle(self) -> None:
+        """Waits for the device, refuses what was not finite, and stops the clock until `resume_clock`."""
+        self.guard.check()
+        self._timer += time.perf_counter() - self._began
 
     def after_update(self, log: RunLog) -> None:
         """Writes a log line when one is due."""
         last = self.step == self.stream.total_steps
         if _due(self.step, self.logging.log_every, self.stream.total_steps):
+            self.settle()
             steps = self.logging.log_every if not last else (self.step - 1) % self.logging.log_every + 1
             line = {"step": self.step, "learning_rate": self.optimizer.param_groups[0]["lr"], "tokens": self.result.tokens}
             line |= self.meter.read(self.communicator)
@@ -272,34 +268,40 @@ class _Run:
             log.write(line, {"time/seconds_per_step": self._timer / steps, "time/elapsed": self.result.seconds})
             self.result.lines.append(line)
             self._timer = 0.0
+            self.resume_clock()
         log.advance(self.step)
 
     def evaluate(self, log: RunLog, evaluate: Callable[[], Mapping[str, float]] | None, at: Sequence[int]) -> None:
         """Runs the evaluation when one is due, without touching generators or gradients."""
         if evaluate is None or self.step not in at:
             return
+        self.settle()
         generators = checkpoint.generator_state()
         self.policy.train(False)
+        self._in_training = False
         with torch.no_grad():
             line = {"step": self.step} | {f"eval/{name}": value for name, value in evaluate().items()}
         checkpoint.load_generator_state(generators)
         log.write(line, {})
         self.result.lines.append(line)
+        self.resume_clock()
 
     def save(self) -> None:
         assert self.folder is not None
+        self.settle()
         tree = {
             "policy": self.policy.trainable_state(),
             "optimizer": checkpoint.optimizer_state(self.optimizer),
             "generators": checkpoint.generator_state(),
-            "stream": self.stream.state_dict(),
+            "stream": self.feed.state_dict(),
             "meter": self.meter.state_dict(),
-            "running": {name: list(pair) for name, pair in self.running.items()},
+            "running": dict(self.running),
             "step": self.step,
             "tokens": self.result.tokens,
             "run": self._description(),
         }
         checkpoint.save(self.folder, self.step, tree, keep=self.logging.keep)
+        self.resume_clock()
 
     def _description(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes from it must have in common."""
@@ -329,7 +331,7 @@ class _Run:
         checkpoint.load_optimizer_state(self.optimizer, tree["optimizer"])
         self.stream.load_state_dict(tree["stream"])
         self.meter.load_state_dict(tree["meter"])
-        self.running = {name: (pair[0], pair[1]) for name, pair in tree["running"].items()}
+        self.running = {name: pair.to(self.device) for name, pair in tree["running"].items()}
         self.step = self.result.steps = tree["step"]
         self.result.tokens = tree["tokens"]
         checkpoint.load_generator_state(tree["generators"])
@@ -340,20 +342,13 @@ def _sayer(console: Console | None) -> Callable[[str], None]:
     return (lambda text: None) if console is None else lambda text: console.print(text, highlight=False, soft_wrap=True)
 
 
-def _first_loss_tolerance(parameter: Tensor) -> float:
-    if parameter.device.type == "cuda" or parameter.dtype in (torch.bfloat16, torch.float16):
-        return 5e-2  # bf16 kernels under another packing move a sequence's log-prob by about 1e-2 nats
-    return 1e-8 if parameter.dtype == torch.float64 else 1e-3
-
-
 def _shape(name: str, batch: Batch) -> tuple[int, ...]:
     sizes = batch.sizes
     return tuple(sizes[letter] for letter in VOCABULARY[name].shape)
 
 
-def _some_ids(micro_batches: Sequence[Batch], most: int = 8) -> str:
-    ids = [row for batch in micro_batches for row in batch.ids]
-    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+def _ids(micro_batches: Sequence[Batch]) -> list[str]:
+    return [row for batch in micro_batches for row in batch.ids]
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from losses.types import Max
+from prefopt import metrics
 from prefopt.communicator import SingleProcess
 from prefopt.metrics import Meter
 
@@ -83,3 +84,14 @@ def test_ranks_are_reduced_by_sums_not_by_means() -> None:
     meter.add("x", (torch.ones(1), torch.ones(1)))
     meter.add("m", Max(torch.ones(1)))
     assert meter.read(OtherRank()) == {"x": 1.75, "m": 4.0}
+
+
+def test_what_is_held_is_summed_before_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with the steps between two lines; sums, maxima and state are those of everything added."""
+    monkeypatch.setattr(metrics, "_MOST_HELD", 5)
+    meter = Meter()
+    for value in range(1, 21):
+        meter.add("x", (torch.full((2,), float(value)), torch.ones(2)))
+        meter.add("m", Max(torch.tensor(float(-value))))
+        assert meter._count <= 5
+    assert meter.read(SingleProcess()) == {"x": 10.5, "m": -1.0}

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from torch import Tensor
 
 import losses
 from losses.types import LossOutput
-from prefopt import algorithms
+from prefopt import algorithms, checkpoint, trainer
 from prefopt.data.records import Example
 from prefopt.errors import ConfigError, OutputError, TrainingError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint, head_names
-from prefopt.optimization import Logging, Optimization
+from prefopt.optimization import Logging, Optimization, UpdateGuard
+from prefopt.packing import PackedBatch
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream
 from prefopt.trainer import fit
@@ -190,6 +191,12 @@ def trainer_test_shift_loss(
     return LossOutput(loss, torch.ones_like(loss), {"shift": (reward_shift.expand(1), torch.ones(1))}, updates)
 
 
+@losses.register("trainer_test_weightless")
+def trainer_test_weightless_loss(policy_chosen_logps: Tensor) -> LossOutput:
+    """No row counts."""
+    return LossOutput(policy_chosen_logps, torch.zeros_like(policy_chosen_logps))
+
+
 def test_coupled_losses_do_not_depend_on_micro_batches() -> None:
     """The loss is evaluated once over the whole step: 8x1 equals 1x8, which plain accumulation would not give."""
     whole, whole_result = offline_run("trainer_test_rank", micro=8, dtype=torch.float64)
@@ -320,7 +327,6 @@ def launch(name: str, folder: Path, pause: float = 0.0) -> subprocess.Popen[byte
 @pytest.mark.parametrize("name", ["dpo", "cpl_bc"])
 def test_kill_9_and_resume_equals_the_uninterrupted_run(name: str, tmp_path: Path) -> None:
     """SIGKILL in mid-run, then the same command again: metrics are equal bit for bit but for timings, weights too."""
-    from prefopt import checkpoint
     from prefopt.runlog import read_lines
 
     assert launch(name, tmp_path / "whole").wait() == 0
@@ -373,3 +379,150 @@ def test_a_folder_with_checkpoints_is_resumed_or_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="another optimization"):
         run(resume=True, rate=2e-3)
     assert run(resume=True).steps == 2
+
+
+class Poisoned(OfflineStream):
+    """One step's reference log-probs are not numbers."""
+
+    poisoned_step = 3
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        for number, step in enumerate(super().__iter__(), start=1):
+            if number == self.poisoned_step:
+                rows = {name: values * math.nan for name, values in step[0].rows.items()}
+                step = [replace(step[0], rows=rows), *step[1:]]
+            yield step
+
+
+class Ahead(OfflineStream):
+    """A fixed data set, asked for a step before the last one is trained; says which steps were asked for."""
+
+    prefetchable = True
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        for step in super().__iter__():
+            self.asked = self._step
+            yield step
+
+
+def short_run(stream_type: type[OfflineStream], **options: Any) -> tuple[CausalLMPolicy, Any]:
+    """Ten steps of DPO at one learning rate; `steps` and `fit`'s options can be set."""
+    policy = tiny_policy()
+    budget = Budget(batch_size=4, micro_batch_size=2, max_steps=options.pop("steps", 10), epochs=10)
+    stream = stream_type(pairs(24), kind="pairs", budget=budget, reference=tiny_reference())
+    optimization = Optimization(learning_rate=1e-2, schedule="constant", warmup=0)
+    return policy, fit(policy, algorithms.get("dpo").setting().loss, stream, optimization, **options)
+
+
+def equal_weights(first: CausalLMPolicy, second: CausalLMPolicy) -> bool:
+    others = second.trainable_state()
+    return all(value.equal(others[key]) for key, value in first.trainable_state().items())
+
+
+@pytest.fixture
+def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard as it is on a GPU."""
+    monkeypatch.setattr(
+        trainer, "UpdateGuard", lambda optimizer, device, deferred: UpdateGuard(optimizer, device, deferred=True)
+    )
+
+
+@pytest.mark.usefixtures("deferred")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logging": Logging(log_every=5)},
+        {"logging": Logging(log_every=0, save_every=5)},
+        {"logging": Logging(log_every=0), "evaluate": dict, "evaluate_at": (4,)},
+    ],
+)
+def test_a_deferred_check_stops_all_updates_and_names_the_first_bad_step(options: dict[str, Any], tmp_path: Path) -> None:
+    """Step 3 is bad and found at a log line, checkpoint or evaluation later: the weights are those of two steps."""
+    policy = tiny_policy()
+    budget = Budget(batch_size=4, micro_batch_size=2, max_steps=10, epochs=10)
+    stream = Poisoned(pairs(24), kind="pairs", budget=budget, reference=tiny_reference())
+    optimization = Optimization(learning_rate=1e-2, schedule="constant", warmup=0)
+    good = OfflineStream(pairs(24), kind="pairs", budget=budget, reference=tiny_reference())
+    third = ", ".join(row for batch in list(good)[2] for row in batch.ids)
+    with pytest.raises(TrainingError, match=f"step 3: the loss is not finite.*Rows: {third}"):
+        fit(policy, algorithms.get("dpo").setting().loss, stream, optimization, folder=tmp_path, **options)
+    assert stream.state_dict()["step"] >= 4
+    assert equal_weights(policy, short_run(OfflineStream, steps=2)[0])
+    assert not checkpoint.list_checkpoints(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_deferring_the_check_changes_no_number(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    at_once, first = short_run(OfflineStream)
+    request.getfixturevalue("deferred")
+    later, second = short_run(OfflineStream)
+    assert equal_weights(at_once, later)
+    assert first.lines == second.lines
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_skipped_update_leaves_the_optimizer_alone(deferred: bool) -> None:
+    """Infinite gradient in step 2: neither moments nor step counts move, then or in the good step after it."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    guard = UpdateGuard(optimizer, weight.device, deferred=deferred)
+
+    def step(number: int, norm: float) -> None:
+        weight.grad = torch.full((3,), norm)
+        guard.watch(number, [f"row:{number}"], torch.tensor(1.0), torch.tensor(norm), {"dpo": torch.tensor(2.0)})
+        optimizer.step()
+
+    step(1, 1.0)
+    before = {name: value.clone() for name, value in optimizer.state[weight].items()} | {"weight": weight.detach().clone()}
+
+    def two_more_steps() -> None:
+        step(2, math.inf)
+        step(3, 1.0)
+        guard.check()
+
+    with pytest.raises(TrainingError, match=r"step 2: the gradient is not finite.*row:2\."):
+        two_more_steps()
+    after = {**optimizer.state[weight], "weight": weight.detach()}
+    assert before.keys() == after.keys()
+    assert all(value.equal(after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_a_step_in_which_no_row_counts_is_refused(micro: int) -> None:
+    """The weights are zero: with one micro-batch known after the forward pass, with two before it."""
+    stream = OfflineStream(pairs(8), kind="pairs", budget=Budget(batch_size=4, micro_batch_size=micro))
+    with pytest.raises(TrainingError, match=r"step 1: the weights of 'trainer_test_weightless' sum to 0\.0; no row"):
+        fit(tiny_policy(), losses.get("trainer_test_weightless").bind(), stream)
+
+
+def test_steps_are_made_ahead_where_the_stream_allows_it(tmp_path: Path) -> None:
+    """When step k is evaluated, step k+1 has been asked for; the numbers are those of a stream that is not asked ahead."""
+    budget = Budget(batch_size=4, micro_batch_size=2, max_steps=10, epochs=10)
+    stream = Ahead(pairs(24), kind="pairs", budget=budget, reference=tiny_reference())
+    asked = []
+
+    def evaluate() -> dict[str, float]:
+        asked.append(stream.asked)
+        return {}
+
+    loss, optimization = algorithms.get("dpo").setting().loss, Optimization(learning_rate=1e-2, schedule="constant", warmup=0)
+    policy = tiny_policy()
+    fit(policy, loss, stream, optimization, evaluate=evaluate, evaluate_at=(1, 5, 10))
+    assert asked == [2, 6, 10]
+    assert equal_weights(policy, short_run(OfflineStream)[0])
+
+
+def test_a_run_that_is_a_step_ahead_resumes_where_it_was(tmp_path: Path) -> None:
+    """A checkpoint holds the position of the step that was trained, not of the one that was fetched."""
+
+    def stop() -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"folder": tmp_path / "cut", "logging": Logging(log_every=2, save_every=2)}
+    with pytest.raises(KeyboardInterrupt):
+        short_run(Ahead, evaluate=stop, evaluate_at=(5,), **options)
+    assert checkpoint.load(tmp_path / "cut" / "checkpoint-4")[1]["stream"] == {"step": 4}
+    resumed, cut = short_run(Ahead, resume=True, **options)
+    uninterrupted, whole = short_run(Ahead, **options | {"folder": tmp_path / "whole"})
+    assert cut.lines == whole.lines
+    assert equal_weights(resumed, uninterrupted)
