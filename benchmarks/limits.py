@@ -56,7 +56,7 @@ def training_name(rank: int) -> str:
 
 def step_table(steps: dict[str, list[Step]], pairs: int) -> Table:
     """Every measured step, with the rate of matrix products beside it."""
-    table = Table("Each step", forms={"needed_TFLOP": ".3f", "others": ".1%", "of_matmul": ".1%"})
+    table = Table("Each step", forms={"needed_TFLOP": ".3f", "backward_share": ".0%", "others": ".1%", "of_matmul": ".1%"})
     for name, measured in steps.items():
         for step in measured:
             achieved = step.work.total / 1e9 / step.seconds
@@ -66,7 +66,7 @@ def step_table(steps: dict[str, list[Step]], pairs: int) -> Table:
                 tokens=step.work.tokens,
                 head_states=step.work.states,
                 needed_TFLOP=step.work.total / 1e12,
-                backward_share=f"{step.work.backward / step.work.total:.0%}",
+                backward_share=step.work.backward / step.work.total,
                 matmul_GFLOPs=step.rate,
                 seconds=step.seconds,
                 achieved_GFLOPs=achieved,
