@@ -6,10 +6,8 @@ import contextlib
 import copy
 import hashlib
 import json
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +18,11 @@ from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
 from prefopt.forward import scatter_all, token_quantities
 from prefopt.models.attention import IMPLEMENTATION, Layout, build_layout
+from prefopt.models.lora import LoRA, add_lora
 from prefopt.packing import PackedBatch
 
 # A linear head on a frozen-scale feature learns with steps ten times those of the backbone.
 HEAD_LR_SCALE = 10.0
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters on every linear layer of the backbone (Hu 2021)."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
 
 
 class CausalLMPolicy(nn.Module):
@@ -59,7 +49,7 @@ class CausalLMPolicy(nn.Module):
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         _check_head(model)
-        self.model = model if lora is None else _add_lora(model, lora)
+        self.model = model if lora is None else add_lora(model, lora)
         base = self.base
         self.heads = nn.ModuleDict({name: _new_head(name, base.config.hidden_size) for name in sorted(heads)})
         self.heads.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
@@ -262,13 +252,14 @@ def build_policy(
     frozen copy.
     """
     weights = fingerprint(model)
+    policy = CausalLMPolicy(model, tokenizer, lora=lora, heads=heads, dropout=dropout)
     if lora is not None:
-        policy = CausalLMPolicy(model, tokenizer, lora=lora, heads=heads, dropout=dropout)
         return policy, FrozenReference(policy, weights)
-    frozen = CausalLMPolicy(copy.deepcopy(model), tokenizer)
-    for parameter in frozen.parameters():
-        parameter.requires_grad_(False)
-    return CausalLMPolicy(model, tokenizer, heads=heads, dropout=dropout), FrozenReference(frozen, weights)
+    frozen = copy.deepcopy(policy, {id(tokenizer): tokenizer})  # a copy's head needs no second check
+    frozen.dropout = False
+    frozen.heads = nn.ModuleDict()
+    frozen.requires_grad_(False)
+    return policy, FrozenReference(frozen, weights)
 
 
 def fingerprint(model: Any) -> str:
@@ -332,19 +323,6 @@ def _new_head(name: str, size: int) -> nn.Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
-
-
-def _add_lora(model: Any, lora: LoRA) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError("LoRA needs the 'peft' extra: pip install -e '.[peft]'; or train all weights (no --lora).") from error
-    # peft asks for a property that transformers has renamed; nothing is wrong, and nobody can act on the warning.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config)
 
 
 @torch.no_grad()
