@@ -279,6 +279,7 @@ def tiny_model(vocabulary: int = 4096) -> tuple[Any, Any]:
     """A random Llama of 4 layers and a tokenizer of as many words; the same weights every time."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
@@ -287,8 +288,9 @@ def tiny_model(vocabulary: int = 4096) -> tuple[Any, Any]:
     )  # fmt: skip
     torch.manual_seed(0)
     words = {"</s>": 0} | {f"w{index}": index for index in range(1, vocabulary)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="</s>")), eos_token="</s>")
-    return LlamaForCausalLM(config).eval(), tokenizer
+    split = Tokenizer(WordLevel(words, unk_token="</s>"))
+    split.pre_tokenizer = WhitespaceSplit()
+    return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=split, eos_token="</s>")
 
 
 def tiny_batches(steps: int, pairs: int, longest: int = 64, seed: int = 0) -> tuple[tuple[Example, ...], ...]:

@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer
 
 from prefopt.data.records import Example
+
+try:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+except ImportError as error:
+    raise ImportError("a comparison with TRL needs it: pip install -e '.[data,peft,bench]'") from error
 
 
 class PairTrainer(DPOTrainer):
