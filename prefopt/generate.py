@@ -21,7 +21,8 @@ from prefopt.models.decoding import Decoder
 
 # Ended rows are computed along until the live ones are fewer than this share: moving the others' keys costs about a step.
 _LIVE_SHARE = 0.85
-# On a GPU the host looks only this often whether all rows have ended: looking waits for the device.
+# On a GPU the host looks only this often whether all rows have ended: looking waits for the device (so does top-p, whose
+# nuclei are kept on the host).
 _STEPS_PER_LOOK = 16
 # The nucleus is looked for among this many most likely tokens first; sorting a whole vocabulary takes eight times as long.
 _LIKELY = 1024

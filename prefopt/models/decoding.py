@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prefopt.errors import ConfigError
 from prefopt.models.attention import Layout, build_layout
 from prefopt.models.causal_lm import CausalLMPolicy
-from prefopt.models.shelves import PREFILL_TOKENS, Shelf, build_shelves
+from prefopt.models.shelves import Shelf, build_shelves, part_tokens
 from prefopt.packing import Group
 
 
@@ -51,6 +51,8 @@ class PrefillLayout:
             ConfigError: the attention module does not say which layer it is, or two share a layer.
         """
         layer = _layer(module)
+        # Under autocast rotated queries and keys are float32, to be rounded in the product: here once for all steps.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         for shelf, index in self.places:
             if layer in shelf.keys:
                 raise ConfigError(
@@ -122,7 +124,8 @@ class DecodeLayout:
         """See `Layout.attend`. Without dropout: decoding draws from the policy as it is scored."""
         heads, rows, size = query.shape
         layer, shared = _layer(module), key.shape[0]
-        own_keys, own_values = self._write(self.keys, layer, key), self._write(self.values, layer, value)  # [R, h, t, D]
+        own_keys = self._write(self.keys, layer, key.to(value.dtype))  # [R, h, t, D]
+        own_values = self._write(self.values, layer, value)
         queries = query.transpose(0, 1).reshape(rows, shared, heads // shared, size)
         queries = queries * (size**-0.5 if scale is None else scale)
         own = queries @ own_keys.transpose(-1, -2)  # [R, h, m, t]
@@ -215,7 +218,7 @@ class Decoder:
         Raises:
             ConfigError: some layer of the model keeps a state that is not the keys and values of the packed attention.
         """
-        limit = PREFILL_TOKENS[self._policy.device.type]
+        limit = part_tokens(self._policy.device)
         parts: list[list[Shelf]] = []
         size = 0
         for shelf in self._layout.shelves:

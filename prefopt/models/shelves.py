@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 # Prompts are encoded in parts of about this many tokens: matrices are large enough, activations still small.
-PREFILL_TOKENS = {"cpu": 4096, "cuda": 32768}
+PREFILL_TOKENS = {"cpu": 4096, "gpu": 32768}
 # A shelf may hold this many times its real prompt tokens: every step reads the padding, every shelf adds calls.
 _MAX_PADDING = 1.2
+
+
+def part_tokens(device: torch.device) -> int:
+    """Of one pass of prefill."""
+    return PREFILL_TOKENS["cpu" if device.type == "cpu" else "gpu"]
 
 
 class Shelf:
@@ -82,7 +87,7 @@ class Shelf:
 
 def build_shelves(prompts: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device) -> list[Shelf]:
     """Consecutive prompts share a shelf while it stays almost full; they should come sorted by length."""
-    limit = PREFILL_TOKENS[device.type]
+    limit = part_tokens(device)
     shelves: list[Shelf] = []
     begin = real = longest = 0
     for end, ids in enumerate(prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,13 +12,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from prefopt.errors import ConfigError
-from prefopt.models import shelves
+from prefopt.models import decoding, shelves
 from prefopt.models.attention import Layout
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA
 from prefopt.models.decoding import Decoder
 from prefopt.models.shelves import build_shelves
+from prefopt.packing import Group
 
 VOCABULARY = 29
 SMALL = {
@@ -192,3 +195,41 @@ def test_prompts_are_encoded_in_parts_of_bounded_size() -> None:
         Decoder(policy, prompts, [1, 2, 1, 4, 1], 4).prefill()
     assert sum(sizes) == 43
     assert [size for size in sizes if size > 12] == [25]
+
+
+class Fused:
+    """SDPA prompt by prompt, which also takes mixed precision, as a GPU's layouts do."""
+
+    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
+        self.parts = [slice(group.start, group.start + group.length) for group in groups]
+
+    def attend(
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, **_: Any
+    ) -> Tensor:
+        assert query.dtype == key.dtype == value.dtype
+        found = [
+            F.scaled_dot_product_attention(
+                query[None, :, p], key[None, :, p], value[None, :, p], is_causal=True, scale=scale, enable_gqa=True
+            )
+            for p in self.parts
+        ]
+        return torch.cat(found, dim=2)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_mixed_precision_decodes_up_to_rounding(static: bool) -> None:
+    """As on a GPU: float32 weights under bf16 autocast, where queries and keys come out wider than values."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    policy = CausalLMPolicy(model, tokenizer=None)
+    prompts = random_prompts([1, 3, 9])
+    exact = largest_error(policy, prompts, [2, 1, 3], static=static)
+    assert exact < 1e-4
+    mixed = patch.object(policy, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    with mixed, patch.object(decoding, "build_layout", Fused):
+        rounded = largest_error(policy, prompts, [2, 1, 3], static=static)
+    spread = float(plain_logits(policy, prompts[2]).std())
+    assert exact < rounded < 0.1 * spread
