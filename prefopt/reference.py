@@ -134,7 +134,9 @@ class ReferenceCache:
                     own = missing.indices[sections == number]
                     self._load()
                     left = self._missing(examples, own)
-                    done += len(own) - len(left)
+                    if len(left) < len(own):  # others have stored some meanwhile
+                        done += len(own) - len(left)
+                        self._tell(done, len(missing))
                     self._compute(examples, left, done, len(missing))
                     done += len(left)
             waiting = taken
@@ -209,14 +211,18 @@ class ReferenceCache:
                 self._fresh.update({k: row[:n].clone() for k, row, n in zip(keys, rows, lengths, strict=True)})
                 self._fresh_values += sum(lengths)
                 self.computed_tokens += sum(example.tokens for example in chosen)
-                if done is not None and self._on_progress is not None:
+                if done is not None:
                     done += len(chosen)
-                    self._on_progress(done, total)
+                    self._tell(done, total)
                 if self._fresh_values >= STORE_VALUES or time.monotonic() - self._stored_at >= STORE_SECONDS:
                     self.store()
         finally:
             if done is not None:
                 self.store()
+
+    def _tell(self, done: int, total: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(done, total)
 
     @contextlib.contextmanager
     def _claim(self, name: str, *, wait: bool) -> Iterator[bool]:

@@ -356,7 +356,11 @@ def test_passes_side_by_side_share_the_work(tmp_path: Path) -> None:
     does all, and both have all."""
     examples = pairs(200)
     references = [counting(), counting()]
-    caches = [ReferenceCache(reference, tmp_path, micro_batch_tokens=40) for reference in references]
+    told: list[tuple[int, int]] = []
+    caches = [
+        ReferenceCache(reference, tmp_path, micro_batch_tokens=40, on_progress=lambda *now: told.append(now))
+        for reference in references
+    ]
     barrier = threading.Barrier(2)
 
     def work(cache: ReferenceCache) -> None:
@@ -370,6 +374,7 @@ def test_passes_side_by_side_share_the_work(tmp_path: Path) -> None:
         thread.join()
     assert sorted(references[0].asked + references[1].asked) == sorted(example.id for example in examples)
     assert all(0 < len(reference.asked) < 200 for reference in references)
+    assert told.count((200, 200)) == 2, "both bars come to their end, though neither computed all"
     for one, other in zip(caches[0].rows(examples), caches[1].rows(examples), strict=True):
         assert torch.equal(one, other)
     assert caches[0].asked_tokens == caches[1].asked_tokens == sum(example.tokens for example in examples)
@@ -382,6 +387,7 @@ def test_rows_that_others_stored_meanwhile_are_not_computed_again(tmp_path: Path
     ReferenceCache(counting(), tmp_path).rows(examples)
     assert_close(cache.rows(examples), by_hand(build_model(), examples), 1e-5)
     assert reference.asked == []
+    assert cache.asked_tokens == sum(example.tokens for example in examples)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
