@@ -24,7 +24,7 @@ import torch
 import losses
 from benchmarks.measuring import Spread, Table, peak_memory_of, print_machine, write_json
 from benchmarks.quick import find_hh, find_model
-from benchmarks.step_profile import StepProfile, StepRecorder, bounds, copy_rate
+from benchmarks.step_profile import StepProfile, StepRecorder, bounds, streaming_rate
 from benchmarks.workloads import SHAPES, Step, harmless_rows, measure_steps, random_llama, random_rows
 from prefopt.data.records import Example
 from prefopt.models.causal_lm import CausalLMPolicy, LoRA
@@ -108,7 +108,7 @@ def summary_table(steps: dict[str, list[Step]], pairs: int, memory: dict[str, fl
 
 def profile_text(found: StepProfile, step: Step, name: str, device: str) -> str:
     """The profile of a step as a page of text: groups with their bounds, then torch.profiler's own table."""
-    table = bounds(found, step.work, step.rate, copy_rate(device))
+    table = bounds(found, step.work, step.rate, streaming_rate(device))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         table.print()
     head = (

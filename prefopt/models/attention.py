@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from prefopt.models.flex import build_flex_layout
 from prefopt.models.group_layout import build_group_layout
 from prefopt.packing import Group
 
@@ -49,7 +50,9 @@ class Layout(Protocol):
 
 
 def build_layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layout:
-    """The layout of a packed batch."""
+    """The layout of a packed batch: FlexAttention on a CUDA device, products by query block elsewhere."""
+    if torch.device(device).type == "cuda":
+        return build_flex_layout(groups, device)
     return build_group_layout(groups, device)
 
 

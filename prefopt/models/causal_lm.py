@@ -8,11 +8,14 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
@@ -34,17 +37,27 @@ class CausalLMPolicy(nn.Module):
         lora: adapters; None trains all weights.
         heads: any of "value" (a value before each token) and "reward" (one at the last token).
         dropout: keep the model's dropout in training; off by default, so that policy and reference agree at step 0.
+        checkpointing: keep only the inputs of the model's layers for backward and compute the layers twice (Chen 2016).
 
     Raises:
-        ConfigError: peft is missing, or the model's logits are not its output embedding of its last hidden state.
+        ConfigError: peft is missing; the model's logits are not its output embedding of its last hidden state; or
+            checkpointing was asked for and the model has no layers that can be.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, lora: LoRA | None = None, heads: Collection[str] = (), dropout: bool = False
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        lora: LoRA | None = None,
+        heads: Collection[str] = (),
+        dropout: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.dropout = dropout
+        self.checkpointing = checkpointing
         self.lora = lora
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
@@ -54,6 +67,8 @@ class CausalLMPolicy(nn.Module):
         self.heads = nn.ModuleDict({name: _new_head(name, base.config.hidden_size) for name in sorted(heads)})
         self.heads.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         base.set_attn_implementation(IMPLEMENTATION)
+        if checkpointing and not any(isinstance(module, GradientCheckpointingLayer) for module in base.modules()):
+            raise ConfigError(f"{type(base).__name__} has no layers that can be checkpointed: train it without.")
         self.train(False)
 
     @property
@@ -93,11 +108,26 @@ class CausalLMPolicy(nn.Module):
     def encode(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         """[S, D] last hidden states of [S] packed tokens that see each other as `layout` says."""
         inner = getattr(self.base, self.base.base_model_prefix)
-        with self.autocast():
+        with self.autocast(), self._checkpointed():
             output = inner(
                 input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, layout=layout
             )
         return output.last_hidden_state[0]
+
+    @contextlib.contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Layers compute again in backward, if that was asked for.
+
+        Not transformers' own switch: that one asks for training mode, which would switch dropout on.
+        """
+        layers = [m for m in self.base.modules() if isinstance(m, GradientCheckpointingLayer)] if self.checkpointing else []
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=self.dropout)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[S, D] last hidden states of the packed tokens."""
@@ -244,7 +274,13 @@ class FrozenReference:
 
 
 def build_policy(
-    model: Any, tokenizer: Any, *, lora: LoRA | None = None, heads: Collection[str] = (), dropout: bool = False
+    model: Any,
+    tokenizer: Any,
+    *,
+    lora: LoRA | None = None,
+    heads: Collection[str] = (),
+    dropout: bool = False,
+    checkpointing: bool = False,
 ) -> tuple[CausalLMPolicy, FrozenReference]:
     """A policy that starts at `model`, and the reference it starts from.
 
@@ -252,7 +288,7 @@ def build_policy(
     frozen copy.
     """
     weights = fingerprint(model)
-    policy = CausalLMPolicy(model, tokenizer, lora=lora, heads=heads, dropout=dropout)
+    policy = CausalLMPolicy(model, tokenizer, lora=lora, heads=heads, dropout=dropout, checkpointing=checkpointing)
     if lora is not None:
         return policy, FrozenReference(policy, weights)
     frozen = copy.deepcopy(policy, {id(tokenizer): tokenizer})  # a copy's head needs no second check

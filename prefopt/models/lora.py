@@ -120,5 +120,5 @@ class _AdaptedProduct(Function):
         if ctx.needs_input_grad[0]:
             d_x = (above @ weight.to(rows.dtype)).addmm_(inner, first.to(rows.dtype)).view(ctx.shape).to(ctx.dtype)
         d_first = (inner.mT @ rows).to(first.dtype)
-        d_second = (above.mT @ projected).mul_(ctx.scale).to(second.dtype)
+        d_second = (projected.mT @ above).mul_(ctx.scale).mT.to(second.dtype)
         return d_x, None, None, d_first, d_second, None

@@ -238,3 +238,22 @@ def test_lora_starts_at_the_reference_and_switches_off() -> None:
     for name, value in off.items():
         torch.testing.assert_close(value, base[name], atol=0, rtol=0)
     assert all("lora" in name for name in policy.trainable_state())
+
+
+def test_checkpointed_layers_give_the_same_gradients_and_save_less() -> None:
+    """Layers computed twice: equal log-probs and gradients, with and without adapters, and fewer saved numbers."""
+    batch = pack(random_examples(4, 2), roles=flat_roles)
+    for lora in (None, LoRA(r=2)):
+        results, sizes = [], []
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            policy = CausalLMPolicy(build_model("llama"), tokenizer=None, lora=lora, checkpointing=checkpointing)
+            saved: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+                logps = policy.evaluate(batch, {"policy_token_logps"})["policy_token_logps"]
+            logps.square().sum().backward()
+            results.append((logps, {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}))
+            sizes.append(sum(saved))
+            assert not any("forward" in vars(module) for module in policy.modules())
+        torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
+        assert sizes[1] < 0.5 * sizes[0]
