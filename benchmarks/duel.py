@@ -12,7 +12,7 @@ round starts from what prefopt's last turn made of the weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -150,10 +150,11 @@ class Duel(TrainerCallback):
     Args:
         contest: the batches, each of which both sides train on twice.
         calibration: seconds of matrix products before each turn; 0 measures the rate once, before the first.
+        say: told about every round when it is over; None is silent.
     """
 
-    def __init__(self, contest: Contest, *, calibration: float = 0.3) -> None:
-        self.contest, self._calibration = contest, calibration
+    def __init__(self, contest: Contest, *, calibration: float = 0.3, say: Callable[[str], None] | None = None) -> None:
+        self.contest, self._calibration, self._say = contest, calibration, say
         self.turns: list[Turn] = []
         self.overall = Busy()
         model, tokenizer = contest.load()
@@ -195,8 +196,16 @@ class Duel(TrainerCallback):
         self._add(index, "prefopt", self._prefopt.busy, reference_seconds if mode == LOOP else 0.0, loss, norm)
         if mode == MODES[-1]:
             self._start = [parameter.detach().clone() for parameter in self._parameters]
+            self._tell(number)
         if state.global_step < state.max_steps:
             self._begin_trl(index + 1)
+
+    def _tell(self, number: int) -> None:
+        if self._say is not None:
+            own = [turn for turn in self.turns if turn.round == number]
+            times = ", ".join(f"{turn.side} {turn.mode} {turn.seconds:.1f} s" for turn in own)
+            others = max((turn.others or 0.0 for turn in own), default=0.0)
+            self._say(f"{f'round {number}' if number else 'warm-up'}: {times}; others used up to {others:.0%} of the machine")
 
     def _begin_trl(self, index: int) -> None:
         _, mode = self._turn(index)

@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ def compare_setting(setting: str, pairs: int, arguments: argparse.Namespace, rep
     print(f"{title}: memory first, four processes of one step", flush=True)
     peaks = measure_peaks(contest)
     reason = why_not(peaks)
-    turns = [] if reason else Duel(contest).play()
+    turns = [] if reason else Duel(contest, say=partial(print, flush=True)).play()
     report.add(step_table(title, contest, turns, peaks))
     if reason:
         print(f"{title}: not timed: {reason}", flush=True)

@@ -13,6 +13,7 @@ from benchmarks.duel import CACHED, LOOP, MODES, TINY, Contest, Duel, Turn, peak
 from benchmarks.measuring import Peak, Spread
 from benchmarks.vs_trl import (
     Report,
+    compare_setting,
     compare_tiny,
     disagreements,
     first_steps,
@@ -109,10 +110,28 @@ def test_what_does_not_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> No
     assert "does not fit" in why_not(peaks)
 
 
+def test_a_setting_that_does_not_fit_is_said_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = {(side, mode): Peak(1000.0, None, 100.0) for side in ("trl", "prefopt") for mode in MODES}
+    peaks["trl", LOOP] = Peak(math.nan, None, None, "does not fit: ended when 900 MB were left")
+    monkeypatch.setattr("benchmarks.vs_trl.measure_peaks", lambda contest: peaks)
+    monkeypatch.setattr("benchmarks.vs_trl.hh_batches", lambda *_, pairs, steps, **__: tiny_batches(steps + 1, pairs))
+    report = Report()
+    compare_setting("full", 4, parse(["--hh", "x", "--model", "y", "--steps", "2"]), report)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "full, 4 pairs a step, at most 512 tokens: not timed: trl, reference in the loop: does not fit" in printed
+    assert not report.failures
+    assert report.tables[0].rows[0]["peak MB"].startswith("does not fit")
+    assert report.tables[0].rows[1]["peak MB"] == 1000.0
+
+
 @pytest.mark.parametrize("lora", [0, 4])
 def test_both_sides_compute_the_same_turn_by_turn(lora: int) -> None:
     contest = Contest(TINY, tiny_batches(3, 2), lora=lora, learning_rate=1e-2 if lora else 1e-4)
-    turns = Duel(contest, calibration=0.0).play()
+    said: list[str] = []
+    turns = Duel(contest, calibration=0.0, say=said.append).play()
+    assert [line.split(":")[0] for line in said] == ["warm-up", "round 1", "round 2"]
     order = [(LOOP, "trl"), (LOOP, "prefopt"), (CACHED, "trl"), (CACHED, "prefopt")]
     assert [(t.round, t.mode, t.side) for t in turns] == [(number, *who) for number in range(3) for who in order]
     loss, norm = disagreements(turns)
