@@ -213,34 +213,37 @@ def pack(
         dtype: of masks and padded row tensors.
         sampling: the distribution that rollouts were drawn from.
     """
-    prompts = np.array([len(example.prompt_ids) for example in examples])
-    counts = np.array([len(example.completion_ids) for example in examples])
-    lengths = np.array([len(completion) for example in examples for completion in example.completion_ids])  # [N]
-    ends = np.cumsum(lengths)
-    # Before row n stand the prompts of its own and earlier groups and all earlier completions.
-    begins = np.repeat(np.cumsum(prompts), counts) + ends - lengths
-    first_rows = np.cumsum(counts) - counts
-    starts = begins[first_rows] - prompts
-    size, scored, width = int(begins[-1] + lengths[-1]), int(ends[-1]), int(lengths.max())
+    groups: list[Group] = []
+    own_lengths: list[int] = []
+    start = 0
+    for example in examples:
+        sizes = [len(completion) for completion in example.completion_ids]
+        groups.append(Group(start, tuple(accumulate(sizes, initial=len(example.prompt_ids)))))
+        own_lengths += sizes
+        start += groups[-1].length
+    # One entry a group, then one a row, then one a token: no loop over tokens in Python.
+    starts = np.array([group.start for group in groups])
+    prompts = np.array([group.starts[0] for group in groups])
+    counts = np.array([len(group.starts) - 1 for group in groups])
+    lengths = np.array(own_lengths)
+    ends = lengths.cumsum()
+    begins = prompts.cumsum().repeat(counts) + ends - lengths  # packed position of each row's first token
     pieces = chain.from_iterable((example.prompt_ids, *example.completion_ids) for example in examples)
-    ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int64, count=size)
-    column = np.arange(scored) - np.repeat(ends - lengths, lengths)
-    own = np.repeat(begins, lengths) + column  # packed position of each scored token
+    ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int64, count=start)
+    width = int(lengths.max())
+    column = np.arange(int(ends[-1])) - (ends - lengths).repeat(lengths)
+    own = begins.repeat(lengths) + column
     predict = own - 1
-    predict[ends - lengths] = np.repeat(starts + prompts - 1, counts)
-    positions = np.arange(size) - np.repeat(starts, np.diff(starts, append=size))
-    positions[own] = np.repeat(np.repeat(prompts, counts), lengths) + column
-    offsets = np.split(begins + lengths, first_rows[1:])
+    predict[ends - lengths] = (starts + prompts - 1).repeat(counts)
+    positions = np.arange(start) - starts.repeat([group.length for group in groups])
+    positions[own] = prompts.repeat(counts).repeat(lengths) + column
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
-        groups=tuple(
-            Group(start, (prompt, *(end - start for end in row)))
-            for start, prompt, row in zip(starts.tolist(), prompts.tolist(), map(np.ndarray.tolist, offsets), strict=True)
-        ),
+        groups=tuple(groups),
         predict=torch.from_numpy(predict),
         targets=torch.from_numpy(ids[own]),
-        scatter=torch.from_numpy(np.repeat(np.arange(len(lengths)) * width, lengths) + column),
+        scatter=torch.from_numpy((np.arange(len(lengths)) * width).repeat(lengths) + column),
         last=torch.from_numpy(begins + lengths - 1),
         mask=torch.from_numpy(np.arange(width) < lengths[:, None]).to(dtype),
         roles=roles(examples),

@@ -69,6 +69,6 @@ class Feed:
         if self._steps is None:
             self._steps = iter(self._stream)
         step = next(self._steps, None)
-        if step is None:
-            return None
+        if step is None or self._device.type == "cpu":  # where streams make them
+            return step
         return [batch.to(self._device) if isinstance(batch, Movable) else batch for batch in step]
