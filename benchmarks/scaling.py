@@ -209,7 +209,7 @@ GRID: Mapping[str, Sequence[int]] = {
     "completions": (2, 4, 8, 16),
     "data": (250, 500, 1000, 2000),
     # From the smallest on, a step has more logits than the head keeps: what it keeps is a constant, not a slope.
-    "vocabulary": (16_384, 32_768, 49_152),
+    "vocabulary": (24_576, 40_960, 57_344),
 }
 
 

@@ -30,11 +30,12 @@ def draw(found: Mapping[str, Sequence[Measured]]) -> bytes:
     wide = {name: points for name, points in found.items() if name.startswith("vocabulary")}
     single = {name: points for name, points in found.items() if name not in wide}
     count = len(single) + bool(wide)
-    rows = math.ceil(count / _COLUMNS)
+    columns = min(count, _COLUMNS)
+    rows = math.ceil(count / columns)
     with styled():
-        figure = Figure(figsize=(11.5, 3.3 * rows), dpi=DPI, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(3.8 * columns, 3.3 * rows), dpi=DPI, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        places = [figure.add_subplot(rows, _COLUMNS, i + 1) for i in range(count)]
+        places = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
         for axes, (name, points) in zip(places, single.items(), strict=False):
             _panel(axes, name, points)
         if wide:
