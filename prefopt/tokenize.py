@@ -128,7 +128,7 @@ class Tokenizing:
         """Counts over all examples so far."""
         return TokenReport(
             rows=self._rows,
-            kept=len(self._lengths["prompt"]),
+            kept=len(self._lengths.get("prompt", ())),
             dropped=self._drops.result(),
             prompts_truncated=self._prompts_truncated,
             prompt_tokens_cut=self._prompt_cut,

@@ -11,6 +11,7 @@ from prefopt.cli.flags import parameter_defaults
 from prefopt.data.report import DataReport, render
 from prefopt.data.roles import split_roles
 from prefopt.data.sources import OnBadRow, load
+from prefopt.data.token_store import SHOWN_FROM
 from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
 from prefopt.options import EXACT, default_cache
@@ -54,7 +55,8 @@ def _inspect(
         tokenizer = load_model(model, cache=default_cache(), device="cpu").tokenizer
         limit = max_completion_length or max_length // 2
         work = Tokenizing(tokenizer, max_length=max_length, max_completion_length=limit)
-        for _ in work.examples(loaded.records, counter(console, "tokenising")):
+        show = counter(console if len(loaded.records) >= SHOWN_FROM else None, "tokenising")
+        for _ in work.examples(loaded.records, show):
             pass
         tokens = work.report()
     console.print(render(DataReport(loaded.report, roles, tokens)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -88,6 +89,7 @@ class _Store:
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self._file = (folder / _RECORDS).open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
         columns = load_file(folder / _COLUMNS)
         self.named = tuple(Part(**part) for part in facts["parts"])
         self.content: str = facts["content"]

@@ -36,8 +36,8 @@ from prefopt.tokenize import Tokenizing, probe
 _CODE = (sys.modules[__name__], tokenizing, read_report, records, rows, token_report)
 _LIBRARIES = ("transformers", "tokenizers")
 _FLUSH = 1 << 18
-# A pass shorter than a few seconds needs no progress bar.
-_SHOWN_FROM = 5_000
+SHOWN_FROM = 5_000
+"""Records from which on progress is shown: a pass of a second or two needs no bar."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def tokenize_stored(
     folder = cache / "tokens" / address
     facts = open_folder(folder, "token ids", console)
     if facts is None:
-        show = counter(console if len(source) >= _SHOWN_FROM else None, title)
+        show = counter(console if len(source) >= SHOWN_FROM else None, title)
         with new_folder(folder) as draft:
             highest = _write(draft.path, work.examples(source, show), len(tokenizer))
             facts = draft.facts = {"report": work.report().as_dict(), "highest_id": highest}

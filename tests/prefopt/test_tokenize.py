@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prefopt.data.records import Labels, Message, Record, Text
 from prefopt.errors import ConfigError, DataError
-from prefopt.tokenize import check_vocabulary, tokenize
+from prefopt.tokenize import Tokenizing, check_vocabulary, tokenize
 
 PAIR = Labels(ranks=(0, 1))
 VOCABULARY = {"a": 0, "b": 1, "c": 2, "d": 3, " ": 4, "ab": 5, "abc": 6, "<eos>": 7, "<bos>": 8}
@@ -265,3 +265,42 @@ def test_check_vocabulary_names_record_and_id() -> None:
     check_vocabulary(examples, VOCABULARY["<eos>"] + 1)
     with pytest.raises(DataError, match=r"f:1: token id 7, .* has 7 rows"):
         check_vocabulary(examples, VOCABULARY["<eos>"])
+
+
+def test_batches_change_nothing_and_are_read_no_further_than_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [record("c" * (1 + i % 3), "d" * (1 + i % 5), "b", name=f"f:{i}") for i in range(23)]
+    rows[20] = record("a", "b", "d", name="f:20")  # dropped
+    whole = tokenize(rows, letters(), max_length=6, max_completion_length=3)
+    monkeypatch.setattr("prefopt.tokenize.BATCH", 5)
+    read: list[str] = []
+
+    class Watched(list[Record]):
+        def __iter__(self) -> Any:
+            for row in super().__iter__():
+                read.append(row.id)
+                yield row
+
+    work = Tokenizing(letters(), max_length=6, max_completion_length=3)
+    progress: list[tuple[int, int]] = []
+    found, ahead = [], []
+    for example in work.examples(Watched(rows), lambda done, total: progress.append((done, total))):
+        ahead.append(len(read) - len(found))
+        found.append(example)
+    assert found == whole.examples
+    assert work.report() == whole.report
+    assert progress == [(5, 23), (10, 23), (15, 23), (20, 23), (23, 23)]
+    assert max(ahead) <= 2 * 5 + 1
+
+
+def test_a_tokenizer_that_fails_in_its_thread_stops_the_pass() -> None:
+    class Broken:
+        eos_token_id, eos_token, chat_template = 0, "$", None
+
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            raise OverflowError("broken")
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+    with pytest.raises(OverflowError, match="broken"):
+        tokenize([record("c", "d", "b")], Broken(), max_length=8)
