@@ -58,6 +58,7 @@ def write_shard(shard: Shard, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, staged)
+        staged.chmod(0o644)  # safetensors takes 0600, but users may share a cache
         os.replace(staged, path)
     except (OSError, SafetensorError) as error:
         staged.unlink(missing_ok=True)

@@ -214,6 +214,7 @@ def _write_stage(folder: Path, weights: dict[str, torch.Tensor], stage: Stage) -
     staged = folder.parent / f".tmp-{uuid.uuid4().hex}"
     staged.mkdir(parents=True)
     save_file({name: value.contiguous().cpu() for name, value in weights.items()}, staged / _WEIGHTS)
+    (staged / _WEIGHTS).chmod(0o644)  # safetensors takes 0600, but users may share a cache
     facts = {"key": stage.key, "tokens": stage.tokens, "facts": stage.facts, "sha256": _sha256(staged / _WEIGHTS)}
     (staged / _FACTS).write_text(json.dumps(facts))
     try:

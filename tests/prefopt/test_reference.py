@@ -136,6 +136,7 @@ def test_entries_survive_on_disk(tmp_path: Path) -> None:
     assert reference.asked == []
     assert second.computed_tokens == 0
     assert second.asked_tokens == first.asked_tokens == first.computed_tokens
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in shards(tmp_path)), "readable by those who share the cache"
 
 
 def test_other_weights_or_dtype_are_other_entries(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_an_equal_start_is_not_trained_again(tmp_path: Path, trainings: list[str
         assert torch.equal(second.state_dict()[name], value)
     assert again.cached
     assert again.seconds == 0
+    assert (tmp_path / "sft" / stage.key / "weights.safetensors").stat().st_mode & 0o044 == 0o044
     assert (again.key, again.tokens, again.facts) == (stage.key, stage.tokens, stage.facts)
 
 
