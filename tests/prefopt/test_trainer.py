@@ -295,33 +295,40 @@ def test_a_control_policy_trains_through_the_same_fit() -> None:
     assert policy.net(torch.zeros(1, 3)).argmax().item() == 2
 
 
-RESUMABLE = """
-    import sys, time
-    import torch
-    sys.path.insert(0, {tests!r})
-    import test_trainer as t
-    from prefopt import algorithms
-    from prefopt.streams import Budget, OfflineStream
-    from prefopt.optimization import Logging, Optimization
-    from prefopt.trainer import fit
-    from pathlib import Path
+class Slow(OfflineStream):
+    """A stream that leaves time to be killed."""
+
+    pause = 0.0
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        for step in super().__iter__():
+            time.sleep(self.pause)
+            yield step
+
+
+def resumable(name: str, folder: Path, pause: float = 0.0) -> None:
+    """Twenty steps on one thread, from the newest checkpoint in the folder on."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    setting = algorithms.get({name!r}).setting()
-    policy = t.tiny_policy()
-    class Slow(OfflineStream):
-        def __iter__(self):
-            for step in super().__iter__():
-                time.sleep({pause})
-                yield step
-    stream = Slow(t.pairs(24), kind="pairs", budget=Budget(batch_size=4, max_steps=20, epochs=10), reference=t.tiny_reference())
+    budget = Budget(batch_size=4, max_steps=20, epochs=10)
+    stream = Slow(pairs(24), kind="pairs", budget=budget, reference=tiny_reference())
+    stream.pause = pause
     logging = Logging(log_every=3, save_every=2)
-    fit(policy, setting.loss, stream, Optimization(learning_rate=1e-2), logging=logging, folder=Path({folder!r}), resume=True)
-"""
+    loss = algorithms.get(name).setting().loss
+    fit(tiny_policy(), loss, stream, Optimization(learning_rate=1e-2), logging=logging, folder=folder, resume=True)
+    torch.set_num_threads(threads)
 
 
 def launch(name: str, folder: Path, pause: float = 0.0) -> subprocess.Popen[bytes]:
-    code = textwrap.dedent(RESUMABLE).format(tests=str(Path(__file__).parent), name=name, folder=str(folder), pause=pause)
-    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """`resumable` in a process of its own."""
+    code = f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_trainer
+        test_trainer.resumable({name!r}, Path({str(folder)!r}), {pause})
+    """
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("name", ["dpo", "cpl_bc"])
@@ -329,7 +336,7 @@ def test_kill_9_and_resume_equals_the_uninterrupted_run(name: str, tmp_path: Pat
     """SIGKILL in mid-run, then the same command again: metrics are equal bit for bit but for timings, weights too."""
     from prefopt.runlog import read_lines
 
-    assert launch(name, tmp_path / "whole").wait() == 0
+    resumable(name, tmp_path / "whole")
     process = launch(name, tmp_path / "cut", pause=0.1)
     deadline = time.monotonic() + 60
     while not [p for p in checkpoint.list_checkpoints(tmp_path / "cut") if int(p.name.split("-")[1]) >= 6]:
@@ -337,7 +344,7 @@ def test_kill_9_and_resume_equals_the_uninterrupted_run(name: str, tmp_path: Pat
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert launch(name, tmp_path / "cut").wait() == 0
+    resumable(name, tmp_path / "cut")
     assert read_lines(tmp_path / "cut") == read_lines(tmp_path / "whole")
     assert [line["step"] for line in read_lines(tmp_path / "cut")] == [3, 6, 9, 12, 15, 18, 20]
     (_, whole), (_, cut) = (checkpoint.load(tmp_path / run / "checkpoint-20") for run in ("whole", "cut"))
