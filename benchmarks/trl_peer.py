@@ -27,7 +27,10 @@ class PairTrainer(DPOTrainer):
     Attributes:
         last_loss: of the newest step, a scalar tensor.
         last_norm: the gradient's norm of that step before clipping, as Trainer computed it.
+        scratch: its output folder, which goes when the trainer goes.
     """
+
+    scratch: tempfile.TemporaryDirectory[str] | None = None
 
     last_loss: Any = None
     last_norm: Any = None
@@ -100,8 +103,9 @@ def build_trainer(
         callbacks: of Trainer.
     """
     quiet()
+    scratch = tempfile.TemporaryDirectory(prefix="prefopt-trl-")
     arguments = DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="prefopt-trl-"), use_cpu=True, bf16=False, gradient_checkpointing=False,
+        output_dir=scratch.name, use_cpu=True, bf16=False, gradient_checkpointing=False,
         optim="adamw_torch_fused", per_device_train_batch_size=pairs, num_train_epochs=1, learning_rate=learning_rate,
         lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1.0, weight_decay=0.0, beta=beta, max_length=max_length,
         train_sampling_strategy="sequential", precompute_ref_log_probs=precompute, save_strategy="no", report_to="none",
@@ -111,6 +115,7 @@ def build_trainer(
         model, reference, arguments, train_dataset=dataset, processing_class=tokenizer,
         peft_config=lora_config(lora) if lora else None, callbacks=list(callbacks),
     )  # fmt: skip
+    trainer.scratch = scratch
     trainer.remove_callback(PrinterCallback)
     return trainer
 
