@@ -256,17 +256,26 @@ class FrozenReference:
         """States -> logits; called while adapters may be on, which all-linear LoRA keeps off the head."""
         return self._policy.head
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[CausalLMPolicy]:
+        """The model as the reference: adapters and dropout off, without gradient."""
+        training = self._policy.training
+        self._policy.eval()
+        try:
+            with self._policy.adapter(self._adapter), torch.no_grad():
+                yield self._policy
+        finally:
+            self._policy.train(training)
+
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[S, D] last hidden states."""
-        with self._policy.adapter(self._adapter):
-            return self._policy.hidden(batch)
+        with self._frozen() as model:
+            return model.hidden(batch)
 
-    @torch.no_grad()
     def rows(self, batch: PackedBatch, quantities: Collection[str]) -> dict[str, Tensor]:
         """As `CausalLMPolicy.rows`."""
-        with self._policy.adapter(self._adapter):
-            return self._policy.rows(batch, quantities)
+        with self._frozen() as model:
+            return model.rows(batch, quantities)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """[N, T] log-probs under the batch's sampling distribution."""

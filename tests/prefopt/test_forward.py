@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from prefopt.data.records import Example
 from prefopt.forward import log_softmax, pack_bits, token_quantities, unpack_bits
-from prefopt.models.causal_lm import CausalLMPolicy, LoRA
+from prefopt.models.causal_lm import CausalLMPolicy, build_policy
+from prefopt.models.lora import LoRA
 from prefopt.packing import Sampling, flat_roles, pack, pair_roles
 
 VOCABULARY = 61
@@ -257,3 +258,16 @@ def test_checkpointed_layers_give_the_same_gradients_and_save_less() -> None:
             assert not any("forward" in vars(module) for module in policy.modules())
         torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
         assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_the_reference_has_no_dropout_while_the_policy_trains_with_it() -> None:
+    """With adapters the two share a model; asked in the middle of training, the reference is still exact."""
+    model = build_model("gpt2")
+    assert model.config.resid_pdrop > 0
+    policy, reference = build_policy(model, None, lora=LoRA(r=2), dropout=True)
+    batch = pack(random_examples(3, 2), roles=flat_roles)
+    quiet = reference.token_logps(batch)
+    policy.train(True)
+    assert not torch.equal(policy.evaluate(batch, {"policy_token_logps"})["policy_token_logps"], quiet)
+    assert torch.equal(reference.token_logps(batch), quiet)
+    assert policy.training
