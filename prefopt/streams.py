@@ -114,6 +114,8 @@ class OfflineStream:
         dtype: of masks.
     """
 
+    prefetchable = True  # no step depends on the update before it
+
     def __init__(
         self,
         examples: Sequence[Example],

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from prefopt.models.flex import build_flex_layout
 from prefopt.models.group_layout import build_group_layout
@@ -85,6 +85,5 @@ def packed_attention(
     return output.unsqueeze(0), None
 
 
+# No mask function goes with it: the layout travels as a keyword argument, and transformers then makes no [S, S] mask.
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
-# The layout travels as a keyword argument; transformers must not build a [S, S] mask for it.
-AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
