@@ -26,8 +26,10 @@ from benchmarks.measuring import Busy, matmul_rate
 from benchmarks.trl_peer import PairTrainer, build_trainer, pair_rows, reference_logps
 from prefopt.communicator import SingleProcess
 from prefopt.data.records import Example
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, build_policy, fingerprint
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.loading import load_model
+from prefopt.models.lora import LoRA
 from prefopt.models.protocol import trainable_parameters
 from prefopt.optimization import Logging, Optimization
 from prefopt.options import default_cache

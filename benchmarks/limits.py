@@ -27,8 +27,9 @@ from benchmarks.quick import find_hh, find_model
 from benchmarks.step_profile import StepProfile, StepRecorder, bounds, streaming_rate
 from benchmarks.workloads import SHAPES, Step, harmless_rows, measure_steps, random_llama, random_rows
 from prefopt.data.records import Example
-from prefopt.models.causal_lm import CausalLMPolicy, LoRA
+from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.loading import load_model
+from prefopt.models.lora import LoRA
 from prefopt.options import default_cache
 
 # Lengths of random rows, drawn uniformly; their means are those of HH harmless (114 and 44 tokens of SmolLM2's tokenizer).

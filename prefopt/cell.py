@@ -13,7 +13,8 @@ from rich.console import Console
 
 from prefopt.algorithms import Setting
 from prefopt.machine import peak_memory_mb
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, build_policy, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy, head_names
+from prefopt.models.lora import LoRA
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Cell, CellTiming, Ledger, PromptRow

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from prefopt.data.records import Example
 from prefopt.errors import ConfigError
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.fingerprint import fingerprint
 from prefopt.packing import PackedBatch, flat_roles, pack
 from prefopt.shards import UNKNOWN, Index, Shard, read_shard, unwritable, write_shard
 

@@ -17,7 +17,8 @@ from prefopt.data.records import Example, Record
 from prefopt.data.roles import split_roles
 from prefopt.data.sources import load
 from prefopt.errors import ConfigError, DataError
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.loading import load_model
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 import losses
 from prefopt.data.records import Example, Labels
-from prefopt.models.causal_lm import CausalLMPolicy, fingerprint
+from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.reference import completion_keys

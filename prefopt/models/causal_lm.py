@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
 from prefopt.forward import scatter_all, token_quantities
 from prefopt.models.attention import IMPLEMENTATION, Layout, build_layout
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA, add_lora
 from prefopt.packing import PackedBatch
 
@@ -305,34 +303,6 @@ def build_policy(
     frozen.heads = nn.ModuleDict()
     frozen.requires_grad_(False)
     return policy, FrozenReference(frozen, weights)
-
-
-def fingerprint(model: Any) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of a model's weights and its configuration, 16 hex digits.
-
-    A weight enters as the digests of its 4 MB pieces, which are hashed side by side; tied weights are hashed once.
-    """
-    digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith(("_", "transformers_version"))}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    weights = sorted(model.state_dict().items())
-    storages = {name: (value.data_ptr(), value.shape, value.stride(), value.dtype) for name, value in weights}
-    own = {storages[name]: value for name, value in weights}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        pieces = {key: pool.map(_digest, _bytes(value).split(4 << 20)) for key, value in own.items()}
-        hashed = {key: b"".join(found) for key, found in pieces.items()}
-    for name, value in weights:
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(hashed[storages[name]])
-    return digest.hexdigest()[:16]
-
-
-def _bytes(value: Tensor) -> Tensor:
-    return value.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def _digest(piece: Tensor) -> bytes:
-    return hashlib.sha256(piece.cpu().numpy().data).digest()
 
 
 def head_names(needs: Collection[str]) -> tuple[str, ...]:

@@ -22,8 +22,9 @@ from prefopt.data.sources import load
 from prefopt.data.token_store import Stored, StoredExamples, tokenize_stored
 from prefopt.errors import ConfigError, DataError
 from prefopt.evaluate import correlation, measure_pairs, sample_and_measure, wilson_interval
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, build_policy
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
 from prefopt.models.loading import load_model
+from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache

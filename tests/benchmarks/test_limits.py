@@ -18,7 +18,8 @@ from benchmarks.measuring import Peak
 from benchmarks.workloads import SHAPES, exact_rows, harmless_rows, random_llama, random_rows
 from prefopt.data.records import Example
 from prefopt.errors import ConfigError, DataError
-from prefopt.models.causal_lm import CausalLMPolicy, LoRA
+from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.models.lora import LoRA
 from prefopt.packing import Group, flat_roles, pack
 
 TINY = (4, 6, 2, 2, 1, 10)  # hidden, intermediate, layers, heads, key-value heads, vocabulary

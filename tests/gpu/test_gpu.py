@@ -15,7 +15,8 @@ from prefopt import algorithms
 from prefopt.data.records import Example
 from prefopt.errors import TrainingError
 from prefopt.models import flex
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.fingerprint import fingerprint
 from prefopt.optimization import Logging, Optimization
 from prefopt.packing import Group, PackedBatch, Sampling, pack, pair_roles
 from prefopt.reference import ReferenceCache

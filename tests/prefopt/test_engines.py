@@ -24,7 +24,8 @@ from prefopt.data.records import Example
 from prefopt.engines import OwnEngine, build_engine, merged_weights, save_merged
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.generate import Decoding, Sample, generate
-from prefopt.models.causal_lm import CausalLMPolicy, LoRA, build_policy, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, build_policy, head_names
+from prefopt.models.lora import LoRA
 from prefopt.rollouts import RolloutStream, Workshop, rollouts
 from prefopt.streams import Budget
 

@@ -16,7 +16,9 @@ from prefopt import algorithms
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example
 from prefopt.evaluate import Samples, correlation, measure_pairs, sample_and_measure, wilson_interval
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, fingerprint
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.fingerprint import fingerprint
+from prefopt.models.lora import LoRA
 from prefopt.reference import ReferenceCache
 
 WORLD = ExactWorld(WorldConfig.tabular())

@@ -18,7 +18,8 @@ from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.forward import unpack_bits
 from prefopt.generate import Decoding, Sample, _invert, _pick, draw, generate
-from prefopt.models.causal_lm import CausalLMPolicy, LoRA
+from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.models.lora import LoRA
 
 VOCABULARY = 13
 

@@ -23,7 +23,9 @@ from torch import Tensor
 from prefopt import reference as reference_module
 from prefopt.data.records import Example
 from prefopt.errors import ConfigError, OutputError
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, LoRA, build_policy, fingerprint
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
+from prefopt.models.fingerprint import fingerprint
+from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization, build_optimizer
 from prefopt.packing import PackedBatch, pack, pair_roles
 from prefopt.reference import ReferenceCache, StartReference, completion_keys

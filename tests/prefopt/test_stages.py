@@ -15,7 +15,8 @@ import losses
 from prefopt import stages
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example, Labels
-from prefopt.models.causal_lm import CausalLMPolicy, LoRA
+from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.packing import flat_roles, pack
 from prefopt.rollouts import RewardModelScorer

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from prefopt.data.records import Example, Labels
 from prefopt.errors import ConfigError, DataError
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, fingerprint
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.fingerprint import fingerprint
 from prefopt.packing import PackedBatch
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream, epoch_order

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from prefopt.errors import ConfigError
 from prefopt.models import decoding, shelves
 from prefopt.models.attention import Layout
-from prefopt.models.causal_lm import CausalLMPolicy, LoRA
+from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.decoding import Decoder
+from prefopt.models.lora import LoRA
 from prefopt.models.shelves import build_shelves
 from prefopt.packing import Group
 
