@@ -35,7 +35,7 @@ from prefopt.options import Options, default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
 from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, CellTiming, Ledger, Results, Setting, Timings
 from prefopt.stages import content_key
-from prefopt.tasks import Shared, Task, build_task, use_threads
+from prefopt.tasks import Shared, Task, build_task, prepare_process
 
 STUDY_FILE, CELLS_FOLDER = "study.json", "cells"
 
@@ -119,7 +119,7 @@ def compare(
     cache = cache or default_cache()
     prepare_folder(output, study, overwrite)
     begin = time.perf_counter()
-    use_threads(study.options, 1)
+    prepare_process(study.options, 1)
     task = build_task(study.options, cache, console)
     training = task.training(study.seeds[0])
     console.print(render(training.report))
@@ -283,7 +283,7 @@ def end_with_parent() -> None:
 
 def _run_job(job: _Job) -> str | None:
     """Runs a cell in this process and writes its folder; the error's text when it failed."""
-    use_threads(job.study.options, job.workers)
+    prepare_process(job.study.options, job.workers)
     console = standard_console() if job.workers == 1 else None
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "failure.txt").unlink(missing_ok=True)

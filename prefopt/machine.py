@@ -1,7 +1,8 @@
-"""What a run can learn of its machine without a dependency: peak memory, and a console of readable width."""
+"""What a run can learn of its machine, and ask of it, without a dependency: memory, and a console of readable width."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -24,6 +25,21 @@ def peak_memory_mb() -> float:
                 return int(line.split()[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+# mallopt's names for its settings, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Asks glibc to keep freed memory for the next step. True where that was possible.
+
+    By default large tensors go back to the kernel when they are freed, which then has to clear their pages again: hundreds of
+    thousands of page faults in a step of a 135M model, 3 to 5% of its time. The peak stays the same; what is lost is that
+    other processes could have used the memory between two steps.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def standard_console() -> Console:

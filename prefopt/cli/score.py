@@ -38,7 +38,7 @@ from prefopt.runlog import counter
 from prefopt.score import Accuracy, LossScore, ScoreTable, score
 from prefopt.score_inputs import Role, policy_folder, read_inputs, run_options
 from prefopt.score_pairs import pair_batches
-from prefopt.tasks import use_threads
+from prefopt.tasks import prepare_process
 
 SCHEMA_VERSION = 1
 SCORES_FILE, PAIRS_FILE, COSINE_FILE, TIMINGS_FILE = "scores.json", "per_pair.jsonl", "cosine.png", "timings.json"
@@ -97,7 +97,7 @@ def _run(
     if output_dir is not None:
         _claim(output_dir, overwrite)
     console = standard_console()
-    use_threads(options, 1)
+    prepare_process(options, 1)
     inputs = read_inputs(options, role, folder, default_cache(), console)
     begin = time.perf_counter()
     if inputs.reference is not None:

@@ -37,7 +37,7 @@ from prefopt.machine import standard_console
 from prefopt.options import Options, default_cache
 from prefopt.report.schema import PER_PROMPT_FILE, Metric
 from prefopt.runlog import FILE as METRICS_FILE
-from prefopt.tasks import build_task, use_threads
+from prefopt.tasks import build_task, prepare_process
 
 CONFIG_FILE, RESULT_FILE, POLICY_FOLDER = "config.json", "result.json", "policy"
 # A run by hand is worth resuming; a comparison's cells are short and many.
@@ -148,7 +148,7 @@ def train(
         console.print(f"already finished; the policy is in {policy}", highlight=False, soft_wrap=True)
         return
     cache = default_cache()
-    use_threads(options, 1)
+    prepare_process(options, 1)
     task = build_task(options, cache, console)
     report = task.training(seed).report
     console.print(render(report))

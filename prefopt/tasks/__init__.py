@@ -11,14 +11,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from prefopt.machine import keep_freed_memory
 from prefopt.options import Options
 from prefopt.tasks.protocol import Measured, Shared, Task, Training
 
-__all__ = ["Measured", "Shared", "Task", "Training", "build_task", "use_threads"]
+__all__ = ["Measured", "Shared", "Task", "Training", "build_task", "prepare_process"]
 
 
-def use_threads(options: Options, workers: int) -> None:
-    """One thread where threads only get in each other's way: a tiny model, or processes side by side."""
+def prepare_process(options: Options, workers: int) -> None:
+    """Threads and memory of a process that trains.
+
+    One thread where threads only get in each other's way: a tiny model, or processes side by side.
+    """
+    keep_freed_memory()
     if options.data.exact or workers > 1:
         torch.set_num_threads(1)
 

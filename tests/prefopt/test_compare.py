@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,26 @@ def compare_test_broken_loss(policy_chosen_logps: torch.Tensor, policy_rejected_
     raise RuntimeError("the user's loss fell over")
 
 
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The exact task with 4 prompts of 40 completions and a start trained for a moment; the cache that all tests share."""
+@contextmanager
+def small_world() -> Iterator[None]:
+    """The exact task with 4 prompts of 40 completions and a start trained for a moment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact, "WorldConfig", lambda seed: WorldConfig.tabular(seed))
         patch.setattr(exact, "START_SAMPLES", 512)
         patch.setattr(exact, "START_BUDGET", Budget(batch_size=64, epochs=2.0, micro_batch_tokens=1 << 20))
-        yield tmp_path_factory.mktemp("cache")
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny_world(shared_cache: Path) -> Iterator[Path]:
+    """The small world for one test, so that no other test of the process sees it; the cache that all share."""
+    with small_world():
+        yield shared_cache
 
 
 def study(*algorithms: str | Entry, seeds: tuple[int, ...] = (0, 1), **changes: Any) -> Study:
@@ -71,10 +84,11 @@ def stored(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DPO and PPO on two seeds, from an empty cache."""
     folder = tmp_path_factory.mktemp("study") / "first"
-    run(study("dpo", PPO), folder, tiny_world)
+    with small_world():
+        run(study("dpo", PPO), folder, shared_cache)
     return folder
 
 
