@@ -18,6 +18,7 @@ from prefopt.errors import ConfigError, TrainingError
 from prefopt.forward import pack_bits
 from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.decoding import Decoder
+from prefopt.models.products import few_rows
 
 # Ended rows are computed along until the live ones are fewer than this share: moving the others' keys costs about a step.
 _LIVE_SHARE = 0.85
@@ -104,7 +105,8 @@ def generate(
     draws = _device_generator(generator, policy.device)
     samples: dict[int, Sample] = {}
     for part in _waves(rows, decoding.batch_size):
-        drawn = _decode(policy, [rows[i] for i in part], decoding, draws, eos_ids)
+        with few_rows(policy.base):
+            drawn = _decode(policy, [rows[i] for i in part], decoding, draws, eos_ids)
         samples.update(zip(part, drawn, strict=True))
         if on_progress is not None:
             on_progress(len(samples), len(rows))

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional as F
 
 from prefopt.errors import ConfigError
+from prefopt.models.products import linear
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class _AdaptedProduct(Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows, base, low_a, low_b = (tensor.to(dtype) for tensor in (x.flatten(0, -2), weight, first, second))
         with torch.autocast(kind, enabled=False):
-            output = F.linear(rows, base, None if bias is None else bias.to(dtype))
+            output = linear(rows, base, None if bias is None else bias.to(dtype))
             projected = rows @ low_a.mT
             output.addmm_(projected, low_b.mT, alpha=scale)
         ctx.save_for_backward(rows, projected, weight, first, second)
