@@ -60,7 +60,9 @@ bench-speed: $(STAMP) ## steps, starts and sampling beside TRL and the machine's
 	@test -n "$(HH)" || { echo "bench-speed needs the folder of the HH data set: make bench-speed HH=path/to/hh-rlhf"; exit 2; }
 	@failed=; for script in vs_trl startup limits rollouts; do \
 	  $(BIN)/python -m benchmarks.$$script --hh $(HH) --model $(MODEL) --json runs/speed/$$script.json || failed="$$failed $$script"; \
-	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	done; \
+	$(BIN)/python -m benchmarks.scaling --json runs/speed/scaling.json || failed="$$failed scaling"; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean: ## remove caches; .venv and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -26,6 +26,7 @@ from benchmarks.measuring import Busy, matmul_rate
 from benchmarks.trl_peer import PairTrainer, build_trainer, pair_rows, reference_logps
 from prefopt.communicator import SingleProcess
 from prefopt.data.records import Example
+from prefopt.machine import keep_freed_memory
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
 from prefopt.models.fingerprint import fingerprint
 from prefopt.models.loading import load_model
@@ -33,7 +34,7 @@ from prefopt.models.lora import LoRA
 from prefopt.models.protocol import trainable_parameters
 from prefopt.optimization import Logging, Optimization
 from prefopt.options import default_cache
-from prefopt.reference import ReferenceCache
+from prefopt.reference import ReferenceCache, StartReference
 from prefopt.runlog import RunLog
 from prefopt.streams import Budget, OfflineStream
 from prefopt.trainer import _Run
@@ -156,6 +157,7 @@ class Duel(TrainerCallback):
     """
 
     def __init__(self, contest: Contest, *, calibration: float = 0.3, say: Callable[[str], None] | None = None) -> None:
+        keep_freed_memory()  # prefopt's own setting; in one process TRL has the good of it as well
         self.contest, self._calibration, self._say = contest, calibration, say
         self.turns: list[Turn] = []
         self.overall = Busy()
@@ -274,8 +276,13 @@ def peak_of_trl(contest: Contest, mode: str) -> float:
 def peak_of_prefopt(contest: Contest, mode: str) -> float:
     """The same with prefopt."""
     model, tokenizer = contest.load()
-    lora = LoRA(r=contest.lora, alpha=2 * contest.lora) if contest.lora else None
-    side = PrefoptSide(contest, *build_policy(model, tokenizer, lora=lora))
+    keep_freed_memory()
+    if mode == CACHED and not contest.lora:
+        policy = CausalLMPolicy(model, tokenizer)
+        side = PrefoptSide(contest, policy, StartReference(policy))
+    else:
+        lora = LoRA(r=contest.lora, alpha=2 * contest.lora) if contest.lora else None
+        side = PrefoptSide(contest, *build_policy(model, tokenizer, lora=lora))
     for batch in contest.batches:
         side.step(batch, mode)
     return trainable_mb(model)

@@ -5,7 +5,7 @@
 Both sides sample the same model at temperature 1 from the whole vocabulary, 64 new tokens a completion, and neither stops at
 EOS, so that both make the same number of tokens; encoding the prompts is part of the time. `model.generate` gets what suits it:
 prompts sorted by length and padded on the left in batches of 8, its SDPA attention, its cache, and `num_return_sequences` for
-several samples of a prompt.
+several samples of a prompt, once with 8 rows in a call and once with 8 prompts.
 """
 
 from __future__ import annotations
@@ -196,18 +196,19 @@ def run(arguments: argparse.Namespace) -> None:
     found = []
     for workload in workloads:
         own = own_sampler(policy, workload, rows=arguments.rows)
-        peer = peer_sampler(policy, workload, batch=arguments.peer_batch)
-        turns = compare(
-            own, peer, workload, rounds=arguments.rounds, device=arguments.device, calibration=arguments.calibration
-        )  # fmt: skip
-        batch = f"batch {arguments.peer_batch}" + (f" x {workload.samples}" if workload.samples > 1 else "")
-        found.append((workload, f"{arguments.rows} rows", batch, turns))
+        # With several samples a prompt: as many rows a call as without, and as many prompts.
+        for batch in sorted({max(1, arguments.peer_batch // workload.samples), arguments.peer_batch}):
+            peer = peer_sampler(policy, workload, batch=batch)
+            turns = compare(
+                own, peer, workload, rounds=arguments.rounds, device=arguments.device, calibration=arguments.calibration
+            )  # fmt: skip
+            found.append((workload, f"{arguments.rows} rows", f"{batch * workload.samples} rows", turns))
     table = table_of(found)
     table.print()
     write_json(
         arguments.json, "rollouts", [table], settings=vars(arguments),
         prompt_tokens={w.name: sum(map(len, w.prompts)) for w, *_ in found},
-        rounds={w.name: vars(turns) for w, *_, turns in found},
+        rounds={f"{w.name}, {peer}": vars(turns) for w, _, peer, turns in found},
     )  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--new-tokens", type=int, default=64, help="tokens of each completion")
     made.add_argument("--rows", type=int, default=64, help="completions that prefopt decodes side by side")
     made.add_argument("--peer-batch", type=int, default=8, help="prompts of one call of model.generate")
-    made.add_argument("--rounds", type=int, default=5, help="turns of both sides, after a warm-up")
+    made.add_argument("--rounds", type=int, default=3, help="turns of both sides, after a warm-up")
     made.add_argument("--max-length", type=int, default=512, help="prompt plus completion of the rows, in tokens")
     made.add_argument("--calibration", type=float, default=1.0, help="seconds of matrix products before each round")
     made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

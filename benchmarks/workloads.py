@@ -16,6 +16,7 @@ from losses.registry import BoundLoss
 from prefopt.data.records import Example, Labels
 from prefopt.data.sources import load
 from prefopt.errors import DataError
+from prefopt.machine import keep_freed_memory
 from prefopt.metrics import Metric
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.optimization import Optimization
@@ -194,6 +195,7 @@ def measure_steps(
         calibration: see `MeasuredStream`.
         around: see `MeasuredStream`; index 0 is the first step after the warm-up.
     """
+    keep_freed_memory()  # as `prefopt train` does
     budget = Budget(batch_size, micro_batch_tokens=micro_batch_tokens)
     cache = ReferenceCache(start_reference(policy), micro_batch_tokens=micro_batch_tokens)
     stream = OfflineStream(examples, kind=kind, budget=budget, reference=cache, dtype=policy.dtype)

@@ -19,12 +19,14 @@ SUMMARY_WIDTH = 118
 TOP = {
     "tests/losses": "per loss: values, gradients, limits, relations; laws for all of them",
     "tests/prefopt": "same folders as prefopt",
+    "tests/benchmarks": "the benchmarks' arithmetic, on tiny models",
+    "tests/gpu": "what only a CUDA device can show",
     "docs/design.md": "architecture and reasons",
     "docs/readme.py": "writes this tree and the table of losses",
     "references.bib": "the papers",
     "constraints.txt": "exact versions",
     "pyproject.toml": "package, extras, tools",
-    "Makefile": "setup, test, lint, bench",
+    "Makefile": "setup, test, lint, benchmarks",
     ".ci/run": "what has to pass",
 }
 

@@ -161,7 +161,7 @@ def test_the_results_have_a_place() -> None:
 
 
 def test_pinned_versions_satisfy_the_package() -> None:
-    """constraints.txt pins every requirement of pyproject.toml exactly, inside its bounds."""
+    """constraints.txt pins every requirement that the tests run with exactly, inside pyproject.toml's bounds."""
     import tomllib
 
     from packaging.requirements import Requirement
@@ -172,7 +172,9 @@ def test_pinned_versions_satisfy_the_package() -> None:
             pin = Requirement(line)
             pins[pin.name.lower()] = next(iter(pin.specifier)).version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    # vllm needs a GPU of its own; no test has run with any version of it.
+    extras = (lines for name, lines in project["optional-dependencies"].items() if name != "vllm")
+    wanted = [*project["dependencies"], *(line for lines in extras for line in lines)]
     for requirement in map(Requirement, wanted):
         if requirement.name != "prefopt":
             assert requirement.name.lower() in pins, f"constraints.txt has no {requirement.name}"
