@@ -74,6 +74,11 @@ def test_both_workloads_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ])  # fmt: skip
     assert torch.get_num_threads() == threads
     written = json.loads((tmp_path / "r.json").read_text())
-    assert [row["workload"] for row in written["tables"][0]["rows"]] == ["4 distinct prompts", "2 prompts, 2 samples of each"]
-    assert [row["new_tokens"] for row in written["tables"][0]["rows"]] == [12, 12]
+    rows = written["tables"][0]["rows"]
+    assert [(row["workload"], row["transformers"]) for row in rows] == [
+        ("4 distinct prompts", "8 rows"),
+        ("2 prompts, 2 samples of each", "8 rows"),
+        ("2 prompts, 2 samples of each", "16 rows"),
+    ]
+    assert [row["new_tokens"] for row in rows] == [12, 12, 12]
     assert all(len(rounds["own"]) == 1 for rounds in written["rounds"].values())
