@@ -157,7 +157,7 @@ class Duel(TrainerCallback):
     """
 
     def __init__(self, contest: Contest, *, calibration: float = 0.3, say: Callable[[str], None] | None = None) -> None:
-        keep_freed_memory()  # prefopt's own setting; in one process TRL has the good of it as well
+        # Not `keep_freed_memory`, which `prefopt train` sets: kept memory of one side would stand in the other's way.
         self.contest, self._calibration, self._say = contest, calibration, say
         self.turns: list[Turn] = []
         self.overall = Busy()

@@ -38,6 +38,7 @@ from prefopt.data.records import Example
 from prefopt.data.roles import split_roles
 from prefopt.data.sources import load
 from prefopt.errors import PrefoptError
+from prefopt.machine import memory_mb
 from prefopt.models.loading import load_model
 from prefopt.options import default_cache
 from prefopt.streams import epoch_order
@@ -195,7 +196,9 @@ def why_not(peaks: dict[tuple[str, str], Peak]) -> str:
             return f"{side}, reference {mode}: {peak.error}"
     trl = max((peaks["trl", mode] for mode in MODES), key=lambda peak: peak.mb)
     # Beside TRL's own: prefopt's AdamW holds two numbers a weight, and the round's start is a third.
-    needed, free = trl.mb + 3 * float(trl.value), available_memory_mb()
+    needed = trl.mb + 3 * float(trl.value)
+    # This process has libraries and a model loaded already, which TRL's process had to load as well.
+    free = available_memory_mb() + memory_mb()
     return "" if needed < free else f"both sides in one process need {needed:.0f} MB, {free:.0f} MB are available"
 
 

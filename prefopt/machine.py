@@ -18,13 +18,26 @@ def peak_memory_mb() -> float:
 
     Linux's ru_maxrss survives exec, so a worker would report its parent's peak; VmHWM belongs to the process image.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    reported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return reported / 2**20 if sys.platform == "darwin" else reported / 1024
+
+
+def memory_mb() -> float:
+    """Resident memory of this process, in MB; its peak where the system does not tell."""
+    now = _status("VmRSS")
+    return peak_memory_mb() if now is None else now
+
+
+def _status(name: str) -> float | None:
+    """A size in MB from Linux's table of the process, None elsewhere."""
+    table = Path("/proc/self/status")
+    for line in table.read_text().splitlines() if table.exists() else ():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1024
+    return None
 
 
 # mallopt's names for its settings, from glibc's malloc.h.

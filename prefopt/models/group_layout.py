@@ -25,9 +25,9 @@ from prefopt.packing import Group
 # Queries of one unit: its scores (9 heads x 64 x 300 keys = 0.7 MB in float32) stay in a core's cache.
 BLOCK = 64
 # Groups up to this length share units.
-_SMALL_GROUP = 48
+_SMALL_GROUP = 96
 # Padded score positions (B * Q * K) that a shared unit may hold.
-_SHARED_AREA = 2**17
+_SHARED_AREA = 2**15
 
 # Packed positions: slices that follow each other in one group, or [B, L] for several groups (0 where padded).
 Index = tuple[slice, ...] | Tensor

@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from prefopt.machine import peak_memory_mb
+from prefopt.machine import memory_mb, peak_memory_mb
 
 
 def test_a_child_does_not_inherit_its_parents_peak() -> None:
     ballast = bytearray(b"x") * (400 * 2**20)
     assert peak_memory_mb() > 400
-    code = "from prefopt.machine import peak_memory_mb; print(peak_memory_mb())"
+    code = "from prefopt.machine import memory_mb, peak_memory_mb; print(peak_memory_mb())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1 < float(child.stdout) < 300
     del ballast
@@ -37,3 +37,11 @@ print(by_default, kept, faults())
     if kept == "False":  # not glibc
         return
     assert int(after) < 100 < int(by_default)
+
+
+def test_memory_falls_where_the_peak_stays() -> None:
+    ballast = bytearray(b"x") * (200 * 2**20)
+    held = memory_mb()
+    del ballast
+    assert held - 150 > memory_mb() > 10
+    assert peak_memory_mb() >= held
