@@ -101,9 +101,10 @@ def test_the_steps_are_those_of_a_run() -> None:
 
 
 def test_what_does_not_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's 1,000 MB and three times 100 MB of trainable weights."""
+    """TRL's 1,000 MB and three times 100 MB of trainable weights, of which this process holds 400 MB already."""
     peaks = {(side, mode): Peak(1000.0, None, 100.0) for side in ("trl", "prefopt") for mode in MODES}
-    for free, fits in ((1299.0, False), (1301.0, True)):
+    monkeypatch.setattr("benchmarks.vs_trl.memory_mb", lambda: 400.0)
+    for free, fits in ((899.0, False), (901.0, True)):
         monkeypatch.setattr("benchmarks.vs_trl.available_memory_mb", lambda free=free: free)
         assert (why_not(peaks) == "") is fits
     peaks["trl", LOOP] = Peak(math.nan, None, None, "does not fit: ended")
