@@ -11,7 +11,7 @@ CHECKED := losses prefopt tests benchmarks docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format readme bench bench-exact bench-hh bench-speed clean
+.PHONY: help setup test test-slow test-gpu lint format readme bench bench-exact bench-hh bench-speed clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: $(STAMP) ## the default tests: offline, on a CPU, in minutes
 
 test-slow: $(STAMP) ## the tests that take longer
 	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(STAMP) ## style, format and types
 	$(BIN)/ruff check $(CHECKED)

@@ -41,18 +41,23 @@ def _status(name: str) -> float | None:
 
 
 # mallopt's names for its settings, from glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# The largest that glibc takes. Blocks from here on stay mappings of their own, which go back whole when they are freed: on the
+# heap, small blocks would settle in the holes that they leave, and every chunk of the LM head would need fresh memory.
+_MAPPED_FROM = 32 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Asks glibc to keep freed memory for the next step. True where that was possible.
+    """Asks glibc to keep the heap at its size when tensors are freed. True where that was possible.
 
-    By default large tensors go back to the kernel when they are freed, which then has to clear their pages again: hundreds of
-    thousands of page faults in a step of a 135M model, 3 to 5% of its time. The peak stays the same; what is lost is that
-    other processes could have used the memory between two steps.
+    By default the end of the heap goes back to the kernel after every step, which then has to clear its pages again: hundreds
+    of thousands of page faults in a step of a 135M model, some percent of its time. The peak stays the same; what is lost is
+    that other processes could have used the memory between two steps.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return mallopt is not None and all(
+        mallopt(name, value) for name, value in ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, _MAPPED_FROM))
+    )
 
 
 def standard_console() -> Console:
