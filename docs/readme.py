@@ -22,6 +22,7 @@ TOP = {
     "tests/benchmarks": "the benchmarks' arithmetic, on tiny models",
     "tests/gpu": "what only a CUDA device can show",
     "docs/design.md": "architecture and reasons",
+    "docs/profile.md": "where a training step goes, and what bounds it",
     "docs/readme.py": "writes this tree and the table of losses",
     "references.bib": "the papers",
     "constraints.txt": "exact versions",

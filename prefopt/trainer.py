@@ -91,7 +91,8 @@ def fit(
         raise OutputError(f"{folder} holds checkpoints of an earlier run: resume it, or name another folder.")
     log = RunLog(folder, title, stream.total_steps, start=run.step, console=console)
     run.result.lines.extend(log.earlier)
-    with log:
+    # A reward model may be trained in the middle of an evaluation, which has gradients off.
+    with log, torch.enable_grad():
         run.resume_clock()
         if run.step == 0:
             run.evaluate(log, evaluate, evaluate_at)

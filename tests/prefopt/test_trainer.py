@@ -136,6 +136,24 @@ def test_first_dpo_loss_is_log_2_and_chosen_rises() -> None:
     assert result.lines[-1]["rewards/margins"] > 0.1
 
 
+def test_training_in_the_middle_of_an_evaluation() -> None:
+    """An evaluation runs without gradients; a reward model that it trains when it is first needed has them all the same."""
+    policy = tiny_policy()
+    inner = tiny_policy(heads=("reward",))
+    before = inner.heads["reward"].weight.clone()
+
+    def evaluate() -> dict[str, float]:
+        assert not torch.is_grad_enabled()
+        budget = Budget(batch_size=4, max_steps=1)
+        fit(inner, losses.get("bradley_terry").bind(), OfflineStream(pairs(4), kind="pairs", budget=budget))
+        assert not torch.is_grad_enabled()
+        return {"done": 1.0}
+
+    stream = OfflineStream(pairs(8), kind="pairs", budget=Budget(batch_size=4), reference=tiny_reference())
+    fit(policy, losses.get("dpo").bind(), stream, evaluate=evaluate, evaluate_at=(1,))
+    assert not torch.equal(inner.heads["reward"].weight, before)
+
+
 def test_a_wrong_reference_stops_at_the_first_step() -> None:
     """Reference log-probs of other weights: the error names the likely causes, and no parameter has moved."""
     setting = algorithms.get("dpo").setting()
