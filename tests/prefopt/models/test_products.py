@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,15 @@ from torch.nn import functional as F
 from prefopt.models.products import FEW_ROWS, few_rows, linear
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 8), (FEW_ROWS, 8), (2, 3, 8), (FEW_ROWS + 1, 8)])
 def test_equals_the_plain_product(shape: tuple[int, ...], bias: bool) -> None:
@@ -24,6 +35,14 @@ def test_equals_the_plain_product(shape: tuple[int, ...], bias: bool) -> None:
     # Transposed where there are few rows, as it came where there are many.
     rows = got.flatten(0, -2) if got.dim() > 2 else got
     assert (rows.stride(-1) == 1) == (rows.shape[0] > FEW_ROWS or rows.shape[0] == 1)
+
+
+def test_one_thread_takes_the_plain_product(two_threads: None) -> None:
+    torch.set_num_threads(1)
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    with torch.no_grad():
+        assert linear(x, weight).is_contiguous()
+        assert linear(x, weight).equal(F.linear(x, weight))
 
 
 def test_gradients_take_the_plain_product() -> None:
