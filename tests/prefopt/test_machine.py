@@ -53,4 +53,4 @@ print(held, memory_mb(), peak_memory_mb())
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     held, after, peak = map(float, child.stdout.split())
     assert held - 150 > after > 10
-    assert peak >= held
+    assert peak > held - 1  # Linux brings its two counters up to date in batches of pages
