@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import losses.sft  # noqa: F401  registers the behaviour-cloning term
-from losses.ops import expected_over_labels, masked_sum, reward_metrics
+from losses.ops import expected_over_labels, masked_sum, reward_metrics, step_index
 from losses.registry import Coefficient, compose, register
 from losses.types import LossOutput
 
@@ -53,9 +53,7 @@ def _discounted_sum(token_logps: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """sum_t gamma^t logp_t [P] over the unmasked steps of [P, T]."""
     if gamma == 1:
         return masked_sum(token_logps, mask, dim=-1)
-    step = mask.to(token_logps.dtype).cumsum(-1) - 1
-    # Leading padding would have step -1; it is masked anyway, but gamma = 0 must not make it infinite.
-    return masked_sum(gamma ** step.clamp(min=0) * token_logps, mask, dim=-1)
+    return masked_sum(gamma ** step_index(mask).to(token_logps.dtype) * token_logps, mask, dim=-1)
 
 
 compose(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from losses.ops import expected_over_labels, reward_metrics
+from losses.ops import logistic_loss, reward_metrics
 from losses.registry import register
 from losses.types import LossOutput
 
@@ -36,13 +35,8 @@ def dpo_loss(
     Raises:
         ValueError: `label_smoothing` outside [0, 0.5).
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"dpo_loss: label_smoothing is {label_smoothing}, expected a share of flipped labels in [0, 0.5).")
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     margin = chosen_rewards - rejected_rewards
-    if label_smoothing > 0:
-        labels = torch.ones_like(margin) if soft_labels is None else soft_labels
-        soft_labels = labels * (1 - label_smoothing) + (1 - labels) * label_smoothing
-    loss = expected_over_labels(-F.logsigmoid(margin), -F.logsigmoid(-margin), soft_labels)
+    loss = logistic_loss(margin, soft_labels, label_smoothing=label_smoothing, owner="dpo_loss")
     return LossOutput(loss, torch.ones_like(loss), reward_metrics(chosen_rewards, rejected_rewards))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losses.ops import expected_over_labels, reward_metrics
+from losses.ops import expected_over_labels, per_token, reward_metrics
 from losses.registry import register
 from losses.types import LossOutput
 
@@ -40,8 +40,8 @@ def ipo_loss(
     chosen_log_ratio = policy_chosen_logps - reference_chosen_logps
     rejected_log_ratio = policy_rejected_logps - reference_rejected_logps
     if average_log_prob:
-        chosen_log_ratio = chosen_log_ratio / chosen_lengths.clamp(min=1)
-        rejected_log_ratio = rejected_log_ratio / rejected_lengths.clamp(min=1)
+        chosen_log_ratio = per_token(chosen_log_ratio, chosen_lengths)
+        rejected_log_ratio = per_token(rejected_log_ratio, rejected_lengths)
     margin = chosen_log_ratio - rejected_log_ratio
     target = 1 / (2 * tau)
     loss = expected_over_labels((margin - target).square(), (margin + target).square(), soft_labels)

@@ -10,6 +10,7 @@ Shapes: P pairs, N sequences, T tokens, G prompts, K completions, M mismatched p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -140,9 +141,12 @@ def weights_ignore_policy(loss: BoundLoss, generator: torch.Generator, optional:
 
 
 def finite_at_extremes(loss: BoundLoss, generator: torch.Generator, optional: bool = True) -> None:
-    """Objective, gradients and metrics are finite in float32 where tokens have log-prob 0 or -1e4 and reals reach 1e4."""
-    for _ in range(4):
-        tensors = sample_tensors(loss, generator, optional=optional, dtype=torch.float32, extreme=EXTREME)
+    """Objective, gradients and metrics are finite where tokens have log-prob 0 or -1e4 and reals reach 1e4.
+
+    In float32 and with bf16 inputs.
+    """
+    for dtype in (torch.float32, torch.float32, torch.float32, torch.bfloat16):
+        tensors = sample_tensors(loss, generator, optional=optional, dtype=dtype, extreme=EXTREME)
         leaves = _leaves(tensors)
         got = measure(loss, [leaves], leaves)
         for what, value in _flat(got).items():
@@ -150,6 +154,24 @@ def finite_at_extremes(loss: BoundLoss, generator: torch.Generator, optional: bo
                 raise LawViolation(
                     f"{what} is not finite at |log-prob| = {EXTREME:g}; clamp exponents or use logsigmoid, expm1."
                 )
+
+
+def finite_at_reference(loss: BoundLoss, generator: torch.Generator, optional: bool = True) -> None:
+    """Objective and gradients are finite where a run starts, at policy = reference = sampling policy, whatever the lengths.
+
+    Ratios are 1 and margins 0 there, and completions of one token leave sums, means and lengths nothing to hide behind.
+    """
+    for tokens, ragged in ((1, True), (4, False), (4, True)):
+        sizes = {"T": tokens}
+        tensors = sample_tensors(loss, generator, sizes=sizes, optional=optional, ragged=ragged, dtype=torch.float32)
+        for name in tensors:
+            twin = re.sub("^(reference|old)_", "policy_", name)
+            if VOCABULARY[name].kind in ("logps", "token_logps") and twin in tensors:
+                tensors[name] = tensors[twin].clone()
+        leaves = _leaves(tensors)
+        for what, value in _flat(measure(loss, [leaves], leaves)).items():
+            if not value.isfinite().all():
+                raise LawViolation(f"{what} is not finite at policy = reference with completions of {tokens} tokens.")
 
 
 def gradients_reach_policy(loss: BoundLoss, generator: torch.Generator, optional: bool = True) -> None:
@@ -181,6 +203,7 @@ LAWS: tuple[Law, ...] = (
     split_equals_whole,
     weights_ignore_policy,
     finite_at_extremes,
+    finite_at_reference,
     gradients_reach_policy,
 )
 

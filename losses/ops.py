@@ -5,9 +5,11 @@ Shapes: P pairs, N sequences, T tokens; `...` is any shape. Masks are 1 (or True
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 
 MAX_LOG_RATIO = 20.0
 """Largest exponent of a probability ratio: exp(20) = 4.9e8. Beyond it the ratio is constant and its gradient zero."""
+
+
+MIN_NEGATIVE = 1e-6
+"""How near to 0 a log-prob may come before log(1 - exp(.)) is cut off."""
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -30,6 +36,29 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of `values` [...] where `mask` [...] is set, over `dim` or over everything; 0 where the mask is empty."""
     count = mask.to(values.dtype).sum() if dim is None else mask.to(values.dtype).sum(dim)
     return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Mean log-prob of a token [...] from sums and lengths of that shape; 0 where a completion is empty."""
+    return logps / lengths.clamp(min=1)
+
+
+def step_index(mask: Tensor) -> Tensor:
+    """0, 1, 2, ... [..., T] int64 over the unmasked steps of each row; masked ones hold some number that is not negative."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) [...] for x <= 0, exact to the last digits on both sides (Maechler 2012 [maechler2012log1mexp]).
+
+    x is cut at -1e-6, a probability of 0.999999: value constant and gradient zero above it, where log 0 is near.
+    """
+    x = x.clamp(max=-MIN_NEGATIVE)
+    near = x > -math.log(2)
+    # Both branches are evaluated, and a NaN of the one not taken would reach the gradient: each gets numbers it can take.
+    from_expm1 = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    from_log1p = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, from_expm1, from_log1p)
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
@@ -104,6 +133,29 @@ def expected_over_labels(loss: Tensor, swapped_loss: Tensor, soft_labels: Tensor
     return soft_labels * loss + (1 - soft_labels) * swapped_loss
 
 
+def logistic_loss(margin: Tensor, soft_labels: Tensor | None = None, *, label_smoothing: float = 0.0, owner: str) -> Tensor:
+    """-p log sigma(margin) - (1 - p) log sigma(-margin) [P], p the soft label, 1 without one.
+
+    Label smoothing e is the constant soft label 1 - e; both together flip the drawn label with probability e, that is
+    p(1 - e) + (1 - p)e.
+
+    Raises:
+        ValueError: `label_smoothing` outside [0, 0.5).
+    """
+    check_smoothing(label_smoothing, owner)
+    if label_smoothing > 0:
+        labels = torch.ones_like(margin) if soft_labels is None else soft_labels
+        soft_labels = labels * (1 - label_smoothing) + (1 - labels) * label_smoothing
+    return expected_over_labels(-F.logsigmoid(margin), -F.logsigmoid(-margin), soft_labels)
+
+
+def check_smoothing(label_smoothing: float, owner: str, *, positive: bool = False) -> None:
+    """Raises ValueError when `label_smoothing` is no share of flipped labels in [0, 0.5), or (0, 0.5) with `positive`."""
+    if not 0 <= label_smoothing < 0.5 or (positive and label_smoothing == 0):
+        span = "(0, 0.5)" if positive else "[0, 0.5)"
+        raise ValueError(f"{owner}: label_smoothing is {label_smoothing}, expected a share of flipped labels in {span}.")
+
+
 def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Metric]:
     """The four metrics by their usual names from rewards [P], detached; a tie counts as half right."""
     chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
@@ -115,3 +167,9 @@ def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str
         "rewards/margins": (chosen - rejected, weight),
         "rewards/accuracies": (accuracies, weight),
     }
+
+
+def unpaired_reward_metrics(rewards: Tensor, desirable: Tensor) -> dict[str, Metric]:
+    """Mean rewards [N] of desirable and of undesirable completions under their usual names, detached."""
+    rewards, good = rewards.detach(), desirable.to(rewards.dtype)
+    return {"rewards/chosen": (rewards, good), "rewards/rejected": (rewards, 1 - good)}

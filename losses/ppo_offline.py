@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from losses._surrogate import LengthNorm, clipped_surrogate
+from losses._surrogate import LengthNorm, clipped_tokens, normalise, token_log_ratio
 from losses.ops import masked_sum, reward_metrics
 from losses.registry import register
 from losses.types import LossOutput
@@ -63,19 +63,19 @@ def ppo_offline_loss(
     else:
         raise ValueError(f"ppo_offline_loss: unknown advantage {advantage!r}; expected 'label' or 'score'.")
     token_logps = torch.cat([policy_chosen_token_logps, policy_rejected_token_logps])
-    old_token_logps = torch.cat([reference_chosen_token_logps, reference_rejected_token_logps]).detach()
+    old_token_logps = torch.cat([reference_chosen_token_logps, reference_rejected_token_logps])
     mask = torch.cat([chosen_mask, rejected_mask])
-    out = clipped_surrogate(
-        token_logps,
-        old_token_logps,
+    log_ratio = token_log_ratio(token_logps, old_token_logps, mask)
+    token_loss, metrics = clipped_tokens(
+        log_ratio,
         torch.cat([chosen_advantage, -chosen_advantage])[:, None].expand_as(token_logps),
         mask,
-        max_completion_length,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
-        length_norm=length_norm,
         owner="ppo_offline_loss",
     )
-    log_ratio = masked_sum(token_logps - old_token_logps, mask, dim=-1)
-    return LossOutput(out.loss, out.weight, {**out.metrics, **reward_metrics(*log_ratio.chunk(2))})
+    metrics |= reward_metrics(*masked_sum(log_ratio, mask, dim=-1).chunk(2))
+    return normalise(
+        token_loss, mask, length_norm, metrics, max_completion_length=max_completion_length, owner="ppo_offline_loss"
+    )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from losses._surrogate import LengthNorm, clipped_surrogate
-from losses.advantages import gae
+from losses._surrogate import LengthNorm, clipped_tokens, normalise, token_log_ratio
+from losses.advantages import discounted_returns
 from losses.registry import register
 from losses.types import LossOutput
 
 
-@register("ppo_policy", advantage=gae)
+@register("ppo_policy", advantage=discounted_returns)
 def ppo_policy_loss(
     policy_token_logps: Tensor,  # [N, T]
     old_token_logps: Tensor,  # [N, T]
@@ -27,7 +27,7 @@ def ppo_policy_loss(
 
     Schulman et al. 2017, eq. 7 [schulman2017ppo]; dual clip: Ye et al. 2019 [ye2019dualclip]. At rho = 1 the gradient is
     REINFORCE's. It is zero where A > 0 and rho > 1 + clip_high, where A < 0 and rho < 1 - clip_low, and, since exponents are
-    cut at 20, where log rho > 20.
+    cut at 20, where log rho > 20. By itself it trains on rewards to go, without a value head; `ppo` adds that.
 
     Args:
         clip_low: how far the ratio of a bad action may fall below 1 and still be pushed.
@@ -39,15 +39,15 @@ def ppo_policy_loss(
     Raises:
         ValueError: an option out of range, or "constant" without `max_completion_length`.
     """
-    return clipped_surrogate(
-        policy_token_logps,
-        old_token_logps,
+    token_loss, metrics = clipped_tokens(
+        token_log_ratio(policy_token_logps, old_token_logps, mask),
         advantages,
         mask,
-        max_completion_length,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
-        length_norm=length_norm,
         owner="ppo_policy_loss",
+    )
+    return normalise(
+        token_loss, mask, length_norm, metrics, max_completion_length=max_completion_length, owner="ppo_policy_loss"
     )

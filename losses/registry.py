@@ -2,28 +2,28 @@
 
 `register` reads a function's signature: positional parameters are tensors of the vocabulary (one with default None is
 optional data), keyword-only parameters are hyper-parameters. `compose` makes a weighted sum of registered losses in which
-each term keeps its own denominator. Nothing else lists names, flags, defaults or needs.
+each term keeps its own denominator, and `get("dpo:1.0+sft:0.2")` makes one on the spot. Nothing else lists names, flags,
+defaults or needs.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
+import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from losses.types import VOCABULARY, LossOutput, check_shapes
+from losses.declaration import HyperParameter, RegistrationError, Signature, read_signature
+from losses.suggestions import PEER_NAMES, suggest, suggest_option
+from losses.types import LossOutput, check_shapes
 
 LossFunction = Callable[..., LossOutput]
-
-
-class RegistrationError(ValueError):
-    """A loss or advantage function whose declaration cannot be used; the message says what to change."""
 
 
 class UnknownName(ValueError):
@@ -38,82 +38,19 @@ class Coefficient(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HyperParameter:
-    """A keyword-only parameter: its name is the flag, its default the paper's."""
-
-    name: str
-    annotation: Any
-    default: Any
-    help: str
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a pure function on named tensors declares."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    hyper: Mapping[str, HyperParameter]
-
-
-def read_signature(function: Callable[..., Any], owner: str) -> Signature:
-    """Reads tensors and hyper-parameters off a signature.
-
-    Raises:
-        RegistrationError: a tensor name outside the vocabulary, a hyper-parameter without default or annotation, or
-            `*args`/`**kwargs`.
-    """
-    required, optional = [], []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            if name not in VOCABULARY:
-                raise RegistrationError(
-                    f"{owner}: positional parameter {name!r} is not a tensor of the vocabulary{_suggest(name, VOCABULARY)}. "
-                    f"Hyper-parameters come after `*`. Known tensors: {', '.join(sorted(VOCABULARY))}."
-                )
-            if parameter.default is parameter.empty:
-                required.append(name)
-            elif parameter.default is None:
-                optional.append(name)
-            else:
-                raise RegistrationError(
-                    f"{owner}: tensor {name!r} has default {parameter.default!r}; only None (optional data) is allowed."
-                )
-        elif parameter.kind is not parameter.KEYWORD_ONLY:
-            raise RegistrationError(f"{owner}: {parameter} hides what the function needs; name each tensor.")
-    return Signature(tuple(required), tuple(optional), read_options(function, owner))
-
-
-def read_options(function: Callable[..., Any], owner: str) -> dict[str, HyperParameter]:
-    """The keyword-only parameters of a function as hyper-parameters, with their help from its docstring's `Args:`.
-
-    Raises:
-        RegistrationError: one without annotation or default.
-    """
-    hints = get_type_hints(function)
-    help_lines = argument_help(inspect.getdoc(function) or "")
-    options = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            continue
-        if parameter.default is parameter.empty or name not in hints:
-            raise RegistrationError(
-                f"{owner}: hyper-parameter {name!r} needs an annotation and a default, as in `*, {name}: float = 0.1`."
-            )
-        options[name] = HyperParameter(name, hints[name], parameter.default, help_lines.get(name, ""))
-    return options
-
-
-@dataclass(frozen=True)
 class Term:
-    """One registered function inside a loss. `flags` maps the user's flag to the function's keyword."""
+    """One registered function inside a loss: its weight is `scale` times the values of the flags in `coefficients`.
+
+    `flags` maps the user's flag to the function's keyword.
+    """
 
     name: str
     function: LossFunction
     signature: Signature
     coupled: bool
-    coefficient: float | Coefficient
     flags: Mapping[str, str]
+    scale: float = 1.0
+    coefficients: tuple[Coefficient, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,10 +66,16 @@ class BoundTerm:
     keywords: Mapping[str, Any]
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> LossOutput:
+        """The function on those of `tensors` that it names, in float32 or wider.
+
+        Raises:
+            KeyError: a required tensor is missing.
+            ValueError: a wrong shape, or a hyper-parameter out of range.
+        """
         missing = sorted(self.needs - tensors.keys())
         if missing:
             raise KeyError(f"{self.name}: needs {', '.join(missing)}, got {', '.join(sorted(tensors))}.")
-        given = {name: tensors[name] for name in sorted(self.needs | (self.optional & tensors.keys()))}
+        given = {name: _widened(tensors[name]) for name in sorted(self.needs | (self.optional & tensors.keys()))}
         check_shapes(self.name, given)
         return self.function(**given, **self.keywords)
 
@@ -162,12 +105,21 @@ class BoundLoss:
 
 @dataclass(frozen=True)
 class Loss:
-    """A registered loss: one term, or several made by `compose`."""
+    """A registered loss: one term, or several made by `compose`.
+
+    Args:
+        name: the key.
+        terms: what is summed.
+        advantage: the advantage function, for losses on rollouts.
+        doc: what it is and where it comes from.
+        defaults: values that this algorithm changes among the defaults of its stream and its advantage function.
+    """
 
     name: str
     terms: tuple[Term, ...]
     advantage: Callable[..., Any] | None
     doc: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def coupled(self) -> bool:
@@ -178,11 +130,11 @@ class Loss:
         """Every flag of this loss, in the order of its terms."""
         flags: dict[str, HyperParameter] = {}
         for term in self.terms:
-            if isinstance(term.coefficient, Coefficient):
-                what = f"Weight of the {term.name} term; 0 removes it and what it needs."
-                flags[term.coefficient.flag] = HyperParameter(term.coefficient.flag, float, term.coefficient.default, what)
+            for flag, default in term.coefficients:
+                what = f"weight of the {term.name} term; 0 removes it and what it needs."
+                flags.setdefault(flag, HyperParameter(flag, float, default, what))
             for flag, keyword in term.flags.items():
-                flags[flag] = term.signature.hyper[keyword]
+                flags[flag] = term.signature.hyper[keyword]._replace(name=flag)
         return flags
 
     def bind(self, **hyper: Any) -> BoundLoss:
@@ -190,6 +142,7 @@ class Loss:
 
         Raises:
             UnknownName: an option that this loss does not have, with a suggestion.
+            ValueError: no term is left.
         """
         for name in hyper:
             if name not in self.hyper:
@@ -200,13 +153,12 @@ class Loss:
         values = {name: hyper.get(name, parameter.default) for name, parameter in self.hyper.items()}
         bound = []
         for term in self.terms:
-            coefficient = values[term.coefficient.flag] if isinstance(term.coefficient, Coefficient) else term.coefficient
+            coefficient = term.scale * math.prod(values[flag] for flag, _ in term.coefficients)
             if coefficient == 0:
                 continue
             keywords = {keyword: values[flag] for flag, keyword in term.flags.items()}
-            signature = term.signature
-            needs, optional = frozenset(signature.required), frozenset(signature.optional)
-            bound.append(BoundTerm(term.name, float(coefficient), term.coupled, needs, optional, term.function, keywords))
+            needs, optional = frozenset(term.signature.required), frozenset(term.signature.optional)
+            bound.append(BoundTerm(term.name, coefficient, term.coupled, needs, optional, term.function, keywords))
         if not bound:
             raise ValueError(f"{self.name}: every term has coefficient 0, so there is nothing to minimise.")
         return BoundLoss(self.name, tuple(bound), values)
@@ -216,15 +168,20 @@ _LOSSES: dict[str, Loss] = {}
 
 
 def register(
-    name: str, *, coupled: bool = False, advantage: Callable[..., Any] | None = None
+    name: str,
+    *,
+    coupled: bool = False,
+    advantage: Callable[..., Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Registers a pure loss function under `name`; the function comes back unchanged.
 
     Args:
-        name: the key, the file's name and the function's name without `_loss`.
+        name: the key, the file's name (or that of its family) and the function's name without `_loss`.
         coupled: the rows interact (a sort or a baseline over the batch): the trainer then evaluates the loss once
             over all micro-batches and ranks.
         advantage: the function that turns `rewards` into `advantages`, for losses on rollouts.
+        defaults: as in `Loss`.
 
     Raises:
         RegistrationError: the name is taken, or the signature cannot be read (see `read_signature`).
@@ -232,8 +189,8 @@ def register(
 
     def add(function: LossFunction) -> LossFunction:
         signature = read_signature(function, f"loss {name!r}")
-        term = Term(name, function, signature, coupled, 1.0, {flag: flag for flag in signature.hyper})
-        _add(Loss(name, (term,), advantage, inspect.getdoc(function) or ""))
+        term = Term(name, function, signature, coupled, {flag: flag for flag in signature.hyper})
+        _add(Loss(name, (term,), advantage, inspect.getdoc(function) or "", dict(defaults or {})))
         return function
 
     return add
@@ -244,6 +201,7 @@ def compose(
     /,
     *,
     advantage: Callable[..., Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
     doc: str = "",
     prefix_flags: bool = False,
     **terms: float | Coefficient,
@@ -252,87 +210,105 @@ def compose(
 
     Args:
         name: the new loss's name.
-        terms: coefficient by loss name: a number, or a `Coefficient(flag, default)` that users set.
+        terms: coefficient by loss name: a number, or a `Coefficient(flag, default)` that users set. It multiplies the
+            weights that a sum has of its own.
         advantage: as in `register`; by default the one that the terms name.
+        defaults: as in `Loss`; by default those of the terms.
         doc: what it is and where it comes from; `--help` prints it.
         prefix_flags: name the flags `<term>_<flag>`; without it two terms that share a flag are an error.
 
     Raises:
-        RegistrationError: one term twice, two terms with the same flag or different advantage functions, a weight on a
-            sum that has weights of its own, or the name is taken.
+        RegistrationError: one term twice, two terms with the same flag or different advantage functions or defaults, or
+            the name is taken.
         UnknownName: a term that is not registered.
     """
-    made: list[Term] = []
-    taken: dict[str, str] = {}
-    for term_name, coefficient in terms.items():
-        for part in get(term_name).terms:
-            if any(part.name == other.name for other in made):
-                raise RegistrationError(f"loss {name!r}: the term {part.name!r} appears twice; give it one coefficient.")
-            flags = {f"{term_name}_{flag}" if prefix_flags else flag: keyword for flag, keyword in part.flags.items()}
-            weight = _weight_of(name, term_name, coefficient, part.coefficient)
-            for flag in [*flags, *([weight.flag] if isinstance(weight, Coefficient) else [])]:
-                if flag in taken:
-                    raise RegistrationError(
-                        f"loss {name!r}: {taken[flag]!r} and {part.name!r} both have a flag {flag!r}; use prefix_flags=True."
-                    )
-                taken[flag] = part.name
-            made.append(Term(part.name, part.function, part.signature, part.coupled, weight, flags))
-    loss = Loss(name, tuple(made), advantage or _advantage_of(name, terms), inspect.cleandoc(doc))
+    loss = _sum(name, terms, advantage, defaults, inspect.cleandoc(doc), prefix_flags)
     _add(loss)
     return loss
 
 
-def _weight_of(name: str, term_name: str, outer: float | Coefficient, own: float | Coefficient) -> float | Coefficient:
-    """A term's weight inside a sum, when it already has one there where it comes from."""
-    if not isinstance(outer, Coefficient) and not isinstance(own, Coefficient):
-        return float(outer) * own
-    if own == 1:
-        return outer
-    if outer == 1:
-        return own
-    raise RegistrationError(f"loss {name!r}: {term_name!r} is itself a sum with weights of its own; name its terms instead.")
+def _sum(
+    name: str,
+    terms: Mapping[str, float | Coefficient],
+    advantage: Callable[..., Any] | None,
+    defaults: Mapping[str, Any] | None,
+    doc: str,
+    prefix_flags: bool,
+) -> Loss:
+    made: list[Term] = []
+    taken: dict[str, str] = {}
+    for term_name, outer in terms.items():
+        prefix = f"{term_name}_" if prefix_flags else ""
+        weights, scale = ((outer,), 1.0) if isinstance(outer, Coefficient) else ((), float(outer))
+        for part in get(term_name).terms:
+            if any(part.name == other.name for other in made):
+                raise RegistrationError(f"loss {name!r}: the term {part.name!r} appears twice; give it one coefficient.")
+            flags = {f"{prefix}{flag}": keyword for flag, keyword in part.flags.items()}
+            coefficients = (*weights, *(Coefficient(f"{prefix}{flag}", default) for flag, default in part.coefficients))
+            for flag in (*flags, *(coefficient.flag for coefficient in coefficients)):
+                owner = taken.setdefault(flag, term_name)
+                if owner != term_name:
+                    raise RegistrationError(
+                        f"loss {name!r}: {owner!r} and {term_name!r} both have a flag {flag!r}; use prefix_flags=True."
+                    )
+            made.append(Term(part.name, part.function, part.signature, part.coupled, flags, scale * part.scale, coefficients))
+    inherited = (
+        _common(name, terms, "advantage function", {t: get(t).advantage for t in terms}) if advantage is None else advantage
+    )
+    if defaults is None:
+        known = {t: get(t).defaults or None for t in terms}
+        defaults = _common(name, terms, "defaults", known) or {}
+    return Loss(name, tuple(made), inherited, doc, dict(defaults))
 
 
-def _advantage_of(name: str, terms: Mapping[str, float | Coefficient]) -> Callable[..., Any] | None:
-    found = {get(term).advantage for term in terms} - {None}
-    if len(found) > 1:
-        known = ", ".join(sorted(function.__name__ for function in found if function))
-        raise RegistrationError(f"loss {name!r}: its terms name different advantage functions ({known}); pass advantage=.")
-    return found.pop() if found else None
+def _common(name: str, terms: Mapping[str, Any], what: str, found: Mapping[str, Any]) -> Any:
+    """What the terms that say something agree on."""
+    said = {term: value for term, value in found.items() if value is not None}
+    values = list(said.values())
+    if any(value != values[0] for value in values):
+        shown = ", ".join(f"{term}: {getattr(value, '__name__', value)}" for term, value in said.items())
+        raise RegistrationError(f"loss {name!r}: its terms name different {what} ({shown}); pass one to compose.")
+    return values[0] if values else None
 
 
 def get(name: str) -> Loss:
-    """The loss registered under `name`.
+    """The loss registered under `name`, or the sum that it spells: `dpo:1.0+sft:0.2`, flags prefixed by the term's name.
 
     Raises:
         UnknownName: with the nearest name, or ours for a peer's name.
+        RegistrationError: terms that cannot be summed.
     """
-    if name not in _LOSSES:
-        ours = _PEER_NAMES.get(name.lower())
-        hint = f" (peers' {name!r} is {ours!r} here)" if ours in _LOSSES else _suggest(name, _LOSSES)
-        raise UnknownName(f"unknown algorithm {name!r}{hint}. Known: {', '.join(names())}.")
-    return _LOSSES[name]
+    if name in _LOSSES:
+        return _LOSSES[name]
+    if ":" in name or "+" in name:
+        terms = _read_sum(name)
+        equation = " + ".join(f"{coefficient:g}*{term}" for term, coefficient in terms.items())
+        return _sum(name, terms, None, None, f"L = {equation}, each term with its own denominator.", True)
+    ours = PEER_NAMES.get(name.lower())
+    hint = f" (peers' {name!r} is {ours!r} here)" if ours in _LOSSES else suggest(name, _LOSSES)
+    raise UnknownName(f"unknown algorithm {name!r}{hint}. Known: {', '.join(names())}.")
+
+
+def _read_sum(text: str) -> dict[str, float]:
+    """{name: coefficient} from `name:number+name:number`; a coefficient left out is 1."""
+    found: dict[str, float] = {}
+    for part in re.split(r"(?<![eE])\+", text):  # 1e+3 is one number
+        term, colon, number = part.strip().partition(":")
+        try:
+            coefficient = float(number) if colon else 1.0
+        except ValueError:
+            coefficient = math.nan
+        if not term or not math.isfinite(coefficient):
+            raise UnknownName(f"{text!r} is no sum of losses: {part!r} should be NAME:NUMBER, as in dpo:1.0+sft:0.2.")
+        if term in found:
+            raise RegistrationError(f"loss {text!r}: the term {term!r} appears twice; give it one coefficient.")
+        found[term] = coefficient
+    return found
 
 
 def names() -> list[str]:
     """All registered names, sorted."""
     return sorted(_LOSSES)
-
-
-# What peers call our losses. It serves error messages only: nothing is looked up by a peer's name.
-_PEER_NAMES = {
-    "sigmoid": "dpo", "cdpo": "dpo", "sigmoid_norm": "dpo_norm", "exo_pair": "exo", "nca_pair": "nca", "sppo_hard": "sppo",
-    "robust": "robust_dpo", "ppo_clip": "ppo_policy", "nll": "sft", "cross_entropy": "sft", "rm": "bradley_terry",
-    "reward": "bradley_terry", "kto_pair": "kto", "offline_ppo": "ppo_offline", "bc": "sft",
-}  # fmt: skip
-
-# What peers call our options; error messages only, like the names above. The first of ours that the loss has is suggested.
-_PEER_OPTIONS = {
-    "epsilon": ("clip_low", "label_smoothing"), "eps": ("clip_low",), "clip_eps": ("clip_low",), "cliprange": ("clip_low",),
-    "epsilon_low": ("clip_low",), "epsilon_high": ("clip_high",), "delta": ("dual_clip",), "cliprange_value": ("value_clip",),
-    "beta": ("tau", "alpha"), "contrastive_bias": ("bias",), "bc_coeff": ("bc_coef",), "lam": ("gae_lambda",),
-    "center_rewards_coefficient": ("center_coef",), "value_coeff": ("vf_coef",), "loss_agg_mode": ("length_norm",),
-}  # fmt: skip
 
 
 def _add(loss: Loss) -> None:
@@ -351,32 +327,9 @@ def _add(loss: Loss) -> None:
 
 def _identity(loss: Loss) -> tuple[Any, ...]:
     functions = ((term.name, term.function.__qualname__, term.function.__code__.co_filename) for term in loss.terms)
-    return (*functions, *(term.coefficient for term in loss.terms))
+    return (*functions, *((term.scale, term.coefficients) for term in loss.terms))
 
 
-def suggest_option(name: str, known: Collection[str]) -> str:
-    """A remark for an error message: the nearest of the known options, or ours for a peer's name; "" when none is near."""
-    if name in ("loss_type", "loss"):
-        return " (an algorithm is chosen by its own name, not by an option)"
-    ours = [option for option in _PEER_OPTIONS.get(name, ()) if option in known]
-    return f" (peers' {name!r} is {ours[0]!r} here)" if ours else _suggest(name, known)
-
-
-def _suggest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def argument_help(doc: str) -> dict[str, str]:
-    """The `Args:` section of a docstring (cleaned, as `inspect.getdoc` returns it) as {argument: text}."""
-    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", doc, re.MULTILINE)
-    found: dict[str, str] = {}
-    current = ""
-    for line in section.group(1).splitlines() if section else []:
-        match = re.match(r"    (\w[\w, ]*): (.*)", line)
-        if match:
-            current = match.group(1)
-            found[current] = match.group(2).strip()
-        elif current and line.strip():
-            found[current] += " " + line.strip()
-    return {name.strip(): text for joined, text in found.items() for name in joined.split(",")}
+def _widened(tensor: Tensor) -> Tensor:
+    """Half precision as float32: a sum over tokens or a difference of sums has no digits left in bf16."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losses.advantages import gae
 from losses.registry import register
 from losses.types import LossOutput
 
 
-@register("value")
+@register("value", advantage=gae)
 def value_loss(
     values: Tensor,  # [N, T]
     old_values: Tensor,  # [N, T]

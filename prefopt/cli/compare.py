@@ -11,7 +11,7 @@ import yaml
 from cyclopts import App, Parameter
 from cyclopts.config import Dict
 
-from losses.registry import suggest_option
+from losses.suggestions import suggest_option
 from prefopt import algorithms
 from prefopt.cli.flags import (
     Flag,

@@ -13,8 +13,9 @@ from typing import Annotated, Any, get_type_hints
 import torch
 from cyclopts import App, CoercionError, CycloptsError, Group, Parameter, Token
 
-from losses.registry import argument_help, suggest_option
+from losses.declaration import argument_help
 from losses.sampling import sample_tensors
+from losses.suggestions import suggest_option
 from prefopt.algorithms import Algorithm, Setting
 from prefopt.errors import ConfigError
 from prefopt.options import Options

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 import losses
-from losses.registry import BoundLoss, suggest_option
+from losses.registry import BoundLoss
+from losses.suggestions import suggest_option
 from prefopt import algorithms
 from prefopt.cli.flags import (
     Flag,

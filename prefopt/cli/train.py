@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import losses
-from losses.registry import suggest_option
+from losses.suggestions import suggest_option
 from prefopt import algorithms
 from prefopt.cell import CellResult, run_cell
 from prefopt.cli.flags import (

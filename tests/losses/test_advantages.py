@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from losses.advantages import discounted_returns, gae
-from losses.registry import read_signature
+from losses.declaration import read_signature
 
 
 def rollout(seed: int) -> tuple[Tensor, Tensor, Tensor]:

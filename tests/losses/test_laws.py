@@ -29,6 +29,18 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("ppo_offline", {"length_norm": norm, "advantage": "score"}) for norm in ("token", "seq_sum", "constant")),
     ("value", {"value_clip": None}),
     ("bradley_terry", {"center_coef": 0.01}),
+    *(("f_dpo", {"divergence": name, "alpha": 0.3}) for name in ("reverse_kl", "js", "alpha")),
+    ("ld_dpo", {"ld_alpha": 0.0}),
+    ("wpo", {"aligned": False, "label_smoothing": 0.1}),
+    ("tdpo", {"version": 1}),
+    *(("alphapo", {"alpha": alpha}) for alpha in (0.0, -0.5)),
+    ("simpo", {"label_smoothing": 0.1}),
+    ("discopop", {"tau": 2.0}),
+    ("aot", {"label_smoothing": 0.1}),
+    *(("rank_utility", {"utility": name}) for name in ("linear", "inverse", "log_sigmoid", "linear,inverse")),
+    ("rank_utility", {"bounded": False}),
+    *(("reinforce", {"length_norm": norm}) for norm in ("seq_mean", "seq_sum", "constant")),
+    ("dpo:1.0+kto:0.5+grpo:0.1", {}),
 ]
 
 
@@ -144,6 +156,13 @@ def has_infinite_gradient(policy_logps: Tensor, reference_logps: Tensor) -> Loss
     return LossOutput(loss, torch.ones_like(loss))
 
 
+def divides_by_the_log_ratio(policy_token_logps: Tensor, reference_token_logps: Tensor, mask: Tensor) -> LossOutput:
+    """Counts tokens by what is not zero, so that a policy at its reference has none."""
+    log_ratio = policy_token_logps - reference_token_logps
+    loss = log_ratio.sum(-1) / (log_ratio != 0).sum(-1)
+    return LossOutput(loss, mask.any(-1).to(loss.dtype))
+
+
 def forgets_the_rejected(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor) -> LossOutput:
     loss = policy_rejected_logps.detach() - policy_chosen_logps
     return LossOutput(loss, torch.ones_like(loss))
@@ -163,6 +182,7 @@ def forgets_the_rejected(policy_chosen_logps: Tensor, policy_rejected_logps: Ten
         ("weights_ignore_policy", reports_with_gradient),
         ("finite_at_extremes", overflows),
         ("finite_at_extremes", has_infinite_gradient),
+        ("finite_at_reference", divides_by_the_log_ratio),
         ("gradients_reach_policy", forgets_the_rejected),
     ],
 )
@@ -184,9 +204,7 @@ def test_broken_losses_cover_all_laws_and_coupled_ones_skip_splitting() -> None:
 def test_the_laws_hold_for_groups_of_completions() -> None:
     """A listwise loss on [G, K] and a token loss on [G, K, T] pass; one that ignores the group's mask fails."""
 
-    def plackett_luce(
-        policy_group_logps: Tensor, reference_group_logps: Tensor, ranks: Tensor, group_mask: Tensor
-    ) -> LossOutput:
+    def listwise(policy_group_logps: Tensor, reference_group_logps: Tensor, ranks: Tensor, group_mask: Tensor) -> LossOutput:
         rewards = (policy_group_logps - reference_group_logps).masked_fill(~group_mask.bool(), -1e9)
         ranked = rewards.gather(-1, ranks.argsort(-1))
         loss = ((ranked.flip(-1).logcumsumexp(-1).flip(-1) - ranked) * (ranked > -1e8)).sum(-1)
@@ -199,9 +217,9 @@ def test_the_laws_hold_for_groups_of_completions() -> None:
         loss = group_rewards.logsumexp(-1)
         return LossOutput(loss, torch.ones_like(loss))
 
-    for function in (plackett_luce, group_nll, unmasked):
+    for function in (listwise, group_nll, unmasked):
         register(function.__name__)(function)
-    assert failures("plackett_luce", 0) == []
+    assert failures("listwise", 0) == []
     assert failures("group_nll", 0) == []
     assert failures("unmasked", 0)[0].startswith("padding_invariant")
 
