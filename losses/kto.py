@@ -40,7 +40,7 @@ def kto_loss(
     baseline = (policy_mismatched_logps - reference_mismatched_logps).mean().clamp(min=0).detach()
     good = desirable.bool()
     sign = torch.where(good, 1.0, -1.0).to(log_ratio.dtype)
-    importance = torch.where(good, desirable_weight, undesirable_weight).to(log_ratio.dtype)
+    importance = torch.full_like(log_ratio, undesirable_weight).masked_fill(good, desirable_weight)
     loss = importance * torch.sigmoid(-beta * sign * (log_ratio - baseline))
     metrics = unpaired_reward_metrics(beta * log_ratio, good)
     return LossOutput(

@@ -39,7 +39,7 @@ def ld_dpo_loss(
     common = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))[:, None]
 
     def reward(policy: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-        weight = torch.where(step_index(mask) < common, 1.0, ld_alpha).to(policy.dtype)
+        weight = torch.full_like(policy, ld_alpha).masked_fill(step_index(mask) < common, 1.0)
         return beta * masked_sum(weight * (policy - reference), mask, dim=-1)
 
     chosen_rewards = reward(policy_chosen_token_logps, reference_chosen_token_logps, chosen_mask)

@@ -39,6 +39,6 @@ def sapo_loss(
         raise ValueError(f"sapo_loss: tau_positive and tau_negative must be positive, got {tau_positive} and {tau_negative}.")
     log_ratio = token_log_ratio(policy_token_logps, old_token_logps, mask)
     advantages = advantages.detach()
-    tau = torch.where(advantages > 0, tau_positive, tau_negative).to(log_ratio.dtype)
+    tau = torch.full_like(log_ratio, tau_negative).masked_fill(advantages > 0, tau_positive)
     token_loss = -4 / tau * torch.sigmoid(tau * (ratio_of(log_ratio) - 1)) * advantages
     return normalise(token_loss, mask, "seq_mean", ratio_metrics(log_ratio, mask), owner="sapo_loss")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import losses
-from losses.registry import BoundLoss, HyperParameter, Loss, RegistrationError, read_options, read_signature
+from losses.declaration import HyperParameter, RegistrationError, read_options, read_signature
+from losses.registry import BoundLoss, Loss
 from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
 from prefopt.rollouts import rollouts
@@ -28,7 +29,7 @@ class Algorithm:
         name: the loss's name.
         loss: the registered loss.
         stream: "pairs", "completions", "labelled", "groups" or "rollouts".
-        flags: every hyper-parameter of loss, stream and advantage function.
+        flags: every hyper-parameter of loss, stream and advantage function, with this algorithm's defaults.
     """
 
     name: str
@@ -86,53 +87,102 @@ def get(name: str) -> Algorithm:
 
     Raises:
         ConfigError: unknown name, with a suggestion; or a loss whose tensors no stream provides.
+        RegistrationError: two parts have one flag, or the loss gives a default to a flag that none of them has.
     """
     try:
         loss = losses.get(name)
-    except losses.UnknownName as error:
+    except (losses.UnknownName, RegistrationError) as error:
         raise ConfigError(str(error)) from error
     stream = stream_of(loss)
     flags: dict[str, HyperParameter] = {}
-    for part, options in _parts(loss, stream).items():
+    parts = _parts(loss, stream)
+    for part, options in parts.items():
         for flag, parameter in options.items():
             if flag in flags:
                 raise RegistrationError(f"{name}: flag {flag!r} of its {part} is also a flag of another part; rename one.")
             flags[flag] = parameter
+    others = [*parts["stream"], *parts["advantage"]]
+    for flag, default in loss.defaults.items():
+        if flag not in others:
+            raise RegistrationError(
+                f"{name}: defaults name {flag!r}, but its {stream} and its advantage function have no such option; they have: "
+                f"{', '.join(others) or 'none'}."
+            )
+        flags[flag] = flags[flag]._replace(default=default)
     return Algorithm(name, loss, stream, flags)
 
 
 def trainable_names() -> list[str]:
     """Losses that can be trained by themselves: those whose tensors a stream provides."""
-    return [name for name in losses.names() if _stream_or_none(losses.get(name)) is not None]
+    return [name for name in losses.names() if _obstacle(losses.get(name)) is None]
 
 
 def stream_of(loss: Loss) -> str:
     """Which stream provides the tensors that a loss names.
 
     Raises:
-        ConfigError: no stream does: the loss is a part of others (`compose`).
+        ConfigError: none does, or its advantage function needs what nothing provides: the loss is a part of others (`compose`).
     """
-    stream = _stream_or_none(loss)
-    if stream is None:
-        raise ConfigError(
-            f"{loss.name!r} cannot be trained alone: no stream provides {', '.join(sorted(loss_tensors(loss)))} together."
-        )
-    return stream
+    obstacle = _obstacle(loss)
+    if obstacle is not None:
+        raise ConfigError(f"{loss.name!r} cannot be trained alone: {obstacle}.")
+    return _stream(loss_tensors(loss))
 
 
-def _stream_or_none(loss: Loss) -> str | None:
-    names = loss_tensors(loss)
+# The letters of the tensors that each stream provides.
+_LETTERS = {"pairs": "PT", "completions": "PT", "labelled": "NMT", "groups": "GKT", "rollouts": "NT"}
+
+
+def _stream(names: frozenset[str]) -> str:
     letters = {letter for name in names for letter in VOCABULARY[name].shape}
     if any(VOCABULARY[name].source in ("old", "rollout") for name in names):
-        # Only a loss on log-probs moves the sampling policy, and advantages that need values need a term that trains them.
-        wanted = () if loss.advantage is None else read_signature(loss.advantage, f"advantage of {loss.name!r}").required
-        valued = "old_values" not in wanted or "values" in names
-        return "rollouts" if "policy_token_logps" in names and valued else None
+        return "rollouts"
+    if "desirable" in names:
+        return "labelled"
     if "G" in letters:
         return "groups"
     if "P" in letters:
         return "pairs" if any("rejected" in name for name in names) else "completions"
-    return "labelled" if "desirable" in names else None
+    return "rollouts"
+
+
+def _obstacle(loss: Loss) -> str | None:
+    """What keeps a loss from being trained; None when nothing does."""
+    names = loss_tensors(loss)
+    stream = _stream(names)
+    foreign = sorted(
+        name
+        for name in names
+        if not {*VOCABULARY[name].shape} <= {*_LETTERS[stream]} or (name == "desirable" and stream != "labelled")
+    )
+    if foreign:
+        return f"no stream provides {', '.join(sorted(names))} together; its {stream} have no {', '.join(foreign)}"
+    if stream != "rollouts":
+        return None
+    made = sorted(names & {"advantages", "returns"})
+    if made and loss.advantage is None:
+        return f"it needs {', '.join(made)}, but names no advantage function: @register(..., advantage=gae)"
+    wanted = () if loss.advantage is None else read_signature(loss.advantage, f"advantage of {loss.name!r}").required
+    if "old_values" in wanted and "values" not in names:
+        function = getattr(loss.advantage, "__name__", "its advantage function")
+        return f"{function} needs old_values, but no term of the loss trains a value head (values)"
+    return None
+
+
+def family(loss: Loss) -> str:
+    """What a loss learns from, for tables: "pairs with a reference", "pairs without a reference", "completions", "unpaired",
+    "lists", "policy gradient" or "rewards" (a trained reward head).
+
+    Raises:
+        ConfigError: as `stream_of`.
+    """
+    names, stream = loss_tensors(loss), stream_of(loss)
+    if any(VOCABULARY[name].source == "policy" and name.endswith("rewards") for name in names):
+        return "rewards"
+    if stream == "pairs":
+        referenced = any(VOCABULARY[name].source == "reference" or name.endswith("token_kls") for name in names)
+        return f"pairs {'with' if referenced else 'without'} a reference"
+    return {"labelled": "unpaired", "groups": "lists", "rollouts": "policy gradient"}.get(stream, stream)
 
 
 def loss_tensors(loss: Loss) -> frozenset[str]:

@@ -118,8 +118,9 @@ def build_stream(
     if not setting.algorithm.on_policy:
         cache = known if setting.needs_reference else None
         return OfflineStream(
-            training.examples, kind=setting.algorithm.stream, budget=budget, reference=cache, dtype=policy.dtype
-        ), 0
+            training.examples, kind=setting.algorithm.stream, budget=budget, needs=setting.loss.needs, reference=cache,
+            dtype=policy.dtype,
+        ), 0  # fmt: skip
     scorer, stage = task.scorer(seed)
     advantage = setting.algorithm.loss.advantage
     workshop = Workshop(

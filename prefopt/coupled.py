@@ -24,11 +24,13 @@ class Surrogates:
     """What coupled terms ask of each micro-batch.
 
     Args:
-        values: each term's part of the objective, without gradient.
-        coefficients: for each micro-batch, d objective / d tensor by policy tensor name.
+        values: each term's part of the objective, over all ranks, without gradient.
+        weights: of each term by name, over all ranks.
+        coefficients: for each micro-batch, d objective / d tensor by the names of policy tensors that have a gradient.
     """
 
     values: Sequence[Tensor] = ()
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     coefficients: Sequence[Mapping[str, Tensor]] = field(default_factory=tuple)
 
     def objectives(self, index: int, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -63,39 +65,48 @@ def coupled_objectives(
     with torch.no_grad():
         parts = [{**given(batch, names), **policy.evaluate(batch, from_policy)} for batch in micro_batches]
     merged: dict[str, Tensor] = {}
-    offset = 0
+    begins: dict[str, int] = {}  # where this rank's rows stand: P, N and M rows are counted apart
     for name in parts[0]:
-        own = merge(name, [part[name] for part in parts])
-        everyone = communicator.gather(own)
-        offset = sum(piece.shape[0] for piece in everyone[: communicator.rank]) if own.dim() else 0
+        everyone = communicator.gather(merge(name, [part[name] for part in parts]))
+        begins[name] = sum(piece.shape[0] for piece in everyone[: communicator.rank]) if everyone[0].dim() else 0
         merged[name] = merge(name, everyone).requires_grad_(name in from_policy)
-    values = []
+    values, weights = [], {}
     for term in terms:
         output = term(merged)
-        values.append(term.coefficient * (output.loss * output.weight).sum() / output.weight.sum())
+        weights[term.name] = output.weight.detach().double().sum()
+        values.append(term.coefficient * (output.loss * output.weight).sum() / weights[term.name])
         record(term, output)
     leaves = sorted(from_policy)
-    gradients = torch.autograd.grad(torch.stack(values).sum(), [merged[name] for name in leaves])
+    # A tensor that is only looked at (KTO's baseline, which is detached) has no gradient.
+    found = torch.autograd.grad(torch.stack(values).sum(), [merged[name] for name in leaves], allow_unused=True)
+    gradients = {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
     coefficients: list[dict[str, Tensor]] = []
     for part in parts:
-        size = part[leaves[0]].shape[0]
-        coefficients.append(
-            {name: _crop(g[offset : offset + size], part[name]) for name, g in zip(leaves, gradients, strict=True)}
-        )
-        offset += size
-    return Surrogates([value.detach() for value in values], coefficients)
+        coefficients.append({name: _crop(g[begins[name] :], part[name]) for name, g in gradients.items()})
+        begins = {name: begin + part[name].shape[0] for name, begin in begins.items() if name in gradients}
+    return Surrogates([value.detach() for value in values], weights, coefficients)
 
 
 def merge(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """One named tensor of several batches, joined along its first dimension; T is padded with zeros. Scalars must agree."""
-    shape = VOCABULARY[name].shape
-    if not shape:
+    """One named tensor of several batches, joined along its first dimension. Scalars must agree.
+
+    K and T are padded with zeros; ranks go on behind the valid ones.
+    """
+    if not VOCABULARY[name].shape:
         return parts[0]
-    if "T" not in shape:
-        return torch.cat(list(parts))
-    width = max(part.shape[-1] for part in parts)
-    return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in parts])
+    sizes = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    return torch.cat([_pad(name, part, sizes) for part in parts])
+
+
+def _pad(name: str, part: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [size - own for size, own in zip(sizes, part.shape[1:], strict=True)]
+    if not any(missing):
+        return part
+    if name == "ranks":
+        return torch.cat([part, torch.arange(part.shape[1], sizes[0]).to(part).expand(part.shape[0], -1)], dim=1)
+    return F.pad(part, [width for size in reversed(missing) for width in (0, size)])
 
 
 def _crop(gradient: Tensor, like: Tensor) -> Tensor:
-    return gradient[..., : like.shape[-1]] if gradient.shape != like.shape else gradient
+    """The first rows of [rows, ...], in the shape that the batch has them."""
+    return gradient[tuple(slice(size) for size in like.shape)]

@@ -22,7 +22,7 @@ def anchor_loss(
     """The objective with policy := reference (or := the sampling policy on rollouts); NaN where neither is known.
 
     Args:
-        terms: without those whose rows interact.
+        terms: those whose rows interact only where the micro-batch is the whole step.
         batch: one micro-batch.
         tensors: what the terms were called on.
         weights: of the terms, over the whole step.

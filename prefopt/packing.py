@@ -63,7 +63,8 @@ class PackedBatch:
         scatter: [C] index of the scored token in a flattened [N, T] tensor.
         last: [N] packed position of each row's last token (where a reward head reads).
         mask: [N, T] 1 on scored tokens. Made from lengths, the only source of masks.
-        roles: which rows are which: "chosen_" [P], "rejected_" [P], "" [N], "group_" [G, K].
+        roles: which rows are which: "chosen_" [P], "rejected_" [P], "" [N], "mismatched_" [M], "group_" [G, K]; -1 where a
+            list has no such completion.
         rows: tensors per row, [N, T] or [N], by row name (`reference_token_logps`, `old_token_logps`, `scores`).
         data: tensors under their vocabulary name (`soft_labels`, `advantages`, `max_completion_length`).
         ids: record id of each group, for error messages.
@@ -92,11 +93,9 @@ class PackedBatch:
     @property
     def sizes(self) -> dict[str, int]:
         """Size of each dimension letter of the vocabulary in this batch."""
-        found = {"N": self.mask.shape[0], "T": self.mask.shape[1]}
-        if "chosen_" in self.roles:
-            found["P"] = self.roles["chosen_"].shape[0]
-        if "group_" in self.roles:
-            found["G"], found["K"] = self.roles["group_"].shape
+        found = {"T": self.mask.shape[1]}
+        for infix, index in self.roles.items():
+            found.update(zip(_LETTERS[infix], index.shape, strict=True))
         return found
 
     def scatter_tokens(self, values: Tensor) -> Tensor:
@@ -118,16 +117,18 @@ class PackedBatch:
         """How each vocabulary name follows from row tensors: the one place where rows become named tensors."""
         makers: dict[str, Callable[[], Tensor]] = {}
         for infix, index in self.roles.items():
-            mask = self.mask[index]
-            makers["group_token_mask" if infix == "group_" else f"{infix}mask"] = partial(_same, mask)
-            makers[f"{infix}lengths"] = partial(torch.sum, mask, -1)
+            select = partial(_select_valid if infix == "group_" else _select, index=index)
+            makers["group_token_mask" if infix == "group_" else f"{infix}mask"] = partial(select, self.mask)
+            makers[f"{infix}lengths"] = partial(_sum_of, partial(select, self.mask))
+            if infix == "group_":
+                makers["group_mask"] = partial(select, self.mask.new_ones(self.mask.shape[0]))
             for key, values in rows.items():
                 model = key.removesuffix("token_logps")
                 if model != key:
-                    makers[f"{model}{infix}token_logps"] = partial(_select, values, index)
-                    makers[f"{model}{infix}logps"] = partial(_select_sum, values, index)
+                    makers[f"{model}{infix}token_logps"] = partial(select, values)
+                    makers[f"{model}{infix}logps"] = partial(_sum_of, partial(select, values))
                 else:
-                    makers[f"{infix}{key}"] = partial(_select, values, index)
+                    makers[f"{infix}{key}"] = partial(select, values)
         return makers
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -156,6 +157,9 @@ class PackedBatch:
         )
 
 
+# The vocabulary's letters of each role's dimensions.
+_LETTERS = {"chosen_": "P", "rejected_": "P", "": "N", "mismatched_": "M", "group_": "GK"}
+
 # Kernels read aligned tensors faster, and compiled ones are compiled again when alignment changes.
 _ALIGNMENT = 128
 
@@ -182,16 +186,18 @@ def send_tensors(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor
     return [sent[number] for number in range(len(tensors))]
 
 
-def _same(values: Tensor) -> Tensor:
-    return values
-
-
 def _select(values: Tensor, index: Tensor) -> Tensor:
     return values[index]
 
 
-def _select_sum(values: Tensor, index: Tensor) -> Tensor:
-    return values[index].sum(-1)
+def _select_valid(values: Tensor, index: Tensor) -> Tensor:
+    """[G, K] or [G, K, T] values of rows, 0 where the list has no such completion."""
+    valid = (index >= 0).to(values)
+    return values[index.clamp(min=0)] * valid.view(*valid.shape, *[1] * (values.dim() - 1))
+
+
+def _sum_of(tokens: Callable[[], Tensor]) -> Tensor:
+    return tokens().sum(-1)
 
 
 def pack(
@@ -279,12 +285,19 @@ def flat_roles(examples: Sequence[Example]) -> Mapping[str, Tensor]:
     return {"": torch.arange(sum(len(example.completion_ids) for example in examples))}
 
 
+def mismatched_roles(examples: Sequence[Example]) -> Mapping[str, Tensor]:
+    """As `flat_roles`, but for the last completion of each prompt, which belongs to another prompt: KTO's baseline."""
+    last = torch.tensor([len(example.completion_ids) for example in examples]).cumsum(0) - 1
+    rows = torch.arange(int(last[-1]) + 1)
+    return {"": rows[~torch.isin(rows, last)], "mismatched_": last}
+
+
 def group_roles(examples: Sequence[Example]) -> Mapping[str, Tensor]:
-    """[G, K] rows; every prompt must have the same K (lists of different lengths are padded by their stream)."""
-    counts = {len(example.completion_ids) for example in examples}
-    if len(counts) != 1:
-        raise ValueError(f"group_roles: every prompt needs the same number of completions, got {sorted(counts)}.")
-    return {"group_": torch.arange(len(examples) * counts.pop()).view(len(examples), -1)}
+    """[G, K] rows, K the longest list's; -1 behind the end of a shorter one."""
+    lengths = torch.tensor([len(example.completion_ids) for example in examples])
+    column = torch.arange(int(lengths.max()))
+    rows = (lengths.cumsum(0) - lengths).unsqueeze(-1) + column
+    return {"group_": torch.where(column < lengths.unsqueeze(-1), rows, -1)}
 
 
 def split_by_tokens(examples: Iterable[Example], budget: int) -> list[list[Example]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.types import VOCABULARY, Metric
+from losses.types import Metric
 from prefopt.data.records import Example, Message, Record, Text
 from prefopt.engines import Engine, EngineName, build_engine
 from prefopt.errors import ConfigError, DataError, TrainingError
@@ -43,7 +43,7 @@ class Workshop:
         eos_ids: tokens that end a completion.
         max_new_tokens: limit where the flag of that name is 0.
         needs: tensors that the loss names.
-        advantage: from `rewards` (and more) to `advantages` and `returns`, hyper-parameters set.
+        advantage: from `rewards` (and more) to `advantages` and `returns`, hyper-parameters set; None for losses without.
         dtype: of masks and row tensors.
     """
 
@@ -64,6 +64,7 @@ def rollouts(
     workshop: Workshop,
     *,
     rollout_size: int = 64,
+    samples_per_prompt: int = 0,
     ppo_epochs: int = 2,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -75,7 +76,8 @@ def rollouts(
     """Rollouts from the live policy with a per-token KL penalty in the reward (Ziegler 2019; Ouyang 2022).
 
     Args:
-        rollout_size: Prompts sampled between updates of the sampling policy.
+        rollout_size: Rollouts sampled between updates of the sampling policy.
+        samples_per_prompt: Rollouts of one prompt; 0 takes 4 where advantages compare them with one another, else 1.
         ppo_epochs: Passes over each batch of rollouts.
         temperature: Of sampling; log-probs of policy and reference are taken at the same temperature.
         top_p: Nucleus of sampling; log-probs are renormalised inside it.
@@ -89,11 +91,17 @@ def rollouts(
             f"rollouts: rollout_size and ppo_epochs must be at least 1, temperature positive and top_p in (0, 1]; "
             f"got {rollout_size}, {ppo_epochs}, {temperature}, {top_p}."
         )
+    samples = samples_per_prompt or (4 if "group_ids" in _inputs(workshop.advantage) else 1)
+    if samples < 1 or rollout_size % samples:
+        raise ConfigError(
+            f"rollouts: rollout_size must be a multiple of samples_per_prompt, which must not be negative; got {rollout_size} "
+            f"rollouts of {samples} samples a prompt."
+        )
     _check_advantage(workshop)
     decoding = Decoding(max_new_tokens or workshop.max_new_tokens, temperature, top_p)
-    size = min(rollout_size, len(workshop.examples))
+    prompts = min(rollout_size // samples, len(workshop.examples))
     source = build_engine(engine, workshop.eos_ids, decoding)
-    return RolloutStream(workshop, decoding, size, ppo_epochs, kl_coef, missing_eos_penalty, source)
+    return RolloutStream(workshop, decoding, prompts, samples, ppo_epochs, kl_coef, missing_eos_penalty, source)
 
 
 def _check_advantage(workshop: Workshop) -> None:
@@ -125,6 +133,8 @@ class RolloutStream:
     """Steps over fresh rollouts; its state holds the buffer, the position in it and the generator.
 
     Args:
+        prompts: of one buffer.
+        samples: rollouts of each prompt.
         engine: draws the completions; it is synced with the policy before every buffer.
     """
 
@@ -132,7 +142,8 @@ class RolloutStream:
         self,
         workshop: Workshop,
         decoding: Decoding,
-        rollout_size: int,
+        prompts: int,
+        samples: int,
         ppo_epochs: int,
         kl_coef: float,
         missing_eos_penalty: float,
@@ -144,7 +155,7 @@ class RolloutStream:
             )
         self._shop = workshop
         self._decoding = decoding
-        self._size = rollout_size
+        self._prompts, self._samples = prompts, samples
         self._epochs = ppo_epochs
         self._kl_coef = kl_coef
         self._penalty = missing_eos_penalty
@@ -158,20 +169,21 @@ class RolloutStream:
         self.reference_tokens = 0
 
     @property
-    def _steps_per_iteration(self) -> int:
-        return self._epochs * math.ceil(self._size / self._shop.budget.batch_size)
+    def _steps_per_epoch(self) -> int:
+        """Updates of one pass over a buffer."""
+        return math.ceil(self._prompts * self._samples / self._shop.budget.batch_size)
 
     @property
     def total_steps(self) -> int:
-        iterations = max(1, math.ceil(len(self._shop.examples) * self._shop.budget.epochs / self._size))
-        steps = iterations * self._steps_per_iteration
+        iterations = max(1, math.ceil(len(self._shop.examples) * self._shop.budget.epochs / self._prompts))
+        steps = iterations * self._epochs * self._steps_per_epoch
         limit = self._shop.budget.max_steps
         return min(steps, limit) if limit else steps
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        per_epoch = math.ceil(self._size / self._shop.budget.batch_size)
+        per_epoch = self._steps_per_epoch
         while self._step < self.total_steps:
-            iteration, within = divmod(self._step, self._steps_per_iteration)
+            iteration, within = divmod(self._step, self._epochs * per_epoch)
             if within == 0:
                 self._collect(iteration)
             epoch, part = divmod(within, per_epoch)
@@ -210,10 +222,11 @@ class RolloutStream:
         """Samples, scores and turns rewards into advantages; fills the buffer."""
         shop = self._shop
         shop.policy.train(False)
-        prompts = [self._prompt(iteration * self._size + offset) for offset in range(self._size)]
+        asked = [self._prompt(iteration * self._prompts + offset) for offset in range(self._prompts)]
         self._engine.sync(shop.policy)
         seed = int(torch.randint(2**62, (), generator=self._generator))
-        samples = self._engine.generate([e.prompt_ids for e in prompts], self._decoding, seed)
+        samples = self._engine.generate([e.prompt_ids for e in asked], self._decoding, seed, self._samples)
+        prompts = [e for e in asked for _ in range(self._samples)]
         self.sampled += len(samples)
         self.generated_tokens += sum(len(sample.ids) for sample in samples)
         texts = [shop.policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
@@ -227,14 +240,16 @@ class RolloutStream:
             for i, (e, s) in enumerate(zip(prompts, samples, strict=True))
         ]
         tensors, mask = self._score_tokens(examples, [s.support for s in samples])
-        kl = tensors["old_token_logps"] - tensors.pop("reference_token_logps")
+        kl = tensors["old_token_logps"] - tensors["reference_token_logps"]
         last = mask.sum(-1).long() - 1
         rewards = -self._kl_coef * kl * mask
         rewards[torch.arange(len(examples)), last] += scores
-        tensors["rewards"], tensors["mask"], tensors["group_ids"] = rewards, mask, torch.arange(len(examples))
+        tensors["rewards"] = rewards
+        more = {"mask": mask, "group_ids": torch.arange(len(asked)).repeat_interleave(self._samples)}
         if shop.advantage is not None:
-            tensors |= shop.advantage(**{name: tensors[name] for name in _inputs(shop.advantage)})
-        kept = [name for name in tensors if name in shop.needs and name != "mask" and VOCABULARY[name].shape == ("N", "T")]
+            tensors |= shop.advantage(**{name: {**tensors, **more}[name] for name in _inputs(shop.advantage)})
+        # A loss that names a sum over tokens needs the tokens.
+        kept = [name for name in tensors if name in shop.needs or name.replace("token_logps", "logps") in shop.needs]
         lengths = mask.sum(-1).long().tolist()
         self._buffer = [
             Rollout(example, {name: tensors[name][row, :length].cpu() for name in kept}, sample.support)

@@ -7,7 +7,7 @@ is needed to go on from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,16 @@ from losses.types import Metric
 from prefopt.data.records import Example, Labels
 from prefopt.errors import ConfigError, DataError
 from prefopt.models.protocol import Batch
-from prefopt.packing import PackedBatch, chosen_roles, flat_roles, group_roles, pack, pair_roles, split_by_tokens
+from prefopt.packing import (
+    PackedBatch,
+    chosen_roles,
+    flat_roles,
+    group_roles,
+    mismatched_roles,
+    pack,
+    pair_roles,
+    split_by_tokens,
+)
 from prefopt.reference import ReferenceCache
 
 Step = list[Batch]
@@ -108,8 +117,10 @@ class OfflineStream:
 
     Args:
         examples: the data set, in its order; rows are read when their step comes, so a lazy sequence stays lazy.
-        kind: "pairs", "completions" (the best completion alone), "labelled" or "groups", as algorithms.py derives it.
+        kind: "pairs", "completions" (the best completion alone), "labelled" (every completion by itself, good or bad) or
+            "groups", as algorithms.py derives it.
         budget: batch sizes, epochs, seed of the order, and when reference log-probs are computed.
+        needs: tensors that the loss names; where a mismatched completion is among them, every prompt gets one.
         reference: attaches `reference_token_logps`; None when no loss asks for them.
         dtype: of masks.
     """
@@ -122,6 +133,7 @@ class OfflineStream:
         *,
         kind: str,
         budget: Budget,
+        needs: Collection[str] = (),
         reference: ReferenceCache | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -129,8 +141,11 @@ class OfflineStream:
             raise DataError(
                 "the data set is empty: no row is left to train on. See the data report for what was dropped and why."
             )
+        self._kind = kind
         self._examples = _Best(examples) if kind == "completions" else examples
         self._roles = _ROLES[kind]
+        if any("mismatched" in name for name in needs):
+            self._examples, self._roles = _WithMismatched(examples), mismatched_roles
         self._budget = budget
         self._reference = reference
         self._in_loop = reference is not None and budget.reference_pass == "in-loop"
@@ -174,24 +189,25 @@ class OfflineStream:
         rows: dict[str, Sequence[Tensor]] = {}
         if self._reference is not None:
             rows["reference_token_logps"] = self._reference.rows(examples)
-        scores = _all_or_none(examples, "scores")
+        scores = _all_or_none(examples, "scores") if self._kind in ("pairs", "groups") else None
         if scores is not None:
             rows["scores"] = [torch.tensor(value) for values in scores for value in values]
         return pack(examples, roles=self._roles, rows=rows, data=self._labels(examples), dtype=self._dtype)
 
     def _labels(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        if self._kind == "labelled":
+            extra = self._roles is mismatched_roles
+            good = [label for example in examples for label in _desirable(example, len(example.completion_ids) - extra)]
+            return {"desirable": torch.tensor(good)}
+        if self._kind == "groups":
+            ranks = [_ranks(example, len(example.completion_ids)) for example in examples]
+            longest = max(map(len, ranks))
+            return {"ranks": torch.tensor([[*own, *range(len(own), longest)] for own in ranks])}
         data: dict[str, Tensor] = {}
-        for field, name in (
-            ("soft_label", "soft_labels"),
-            ("margin", "margins"),
-            ("desirable", "desirable"),
-            ("ranks", "ranks"),
-        ):
+        for field, name in (("soft_label", "soft_labels"), ("margin", "margins")):
             values = _all_or_none(examples, field)
-            if values is not None and not (field == "ranks" and self._roles is not group_roles):
-                data[name] = (
-                    torch.tensor(values) if field in ("desirable", "ranks") else torch.tensor(values, dtype=self._dtype)
-                )
+            if values is not None:
+                data[name] = torch.tensor(values, dtype=self._dtype)
         return data
 
     def metrics(self) -> Mapping[str, Metric]:
@@ -230,3 +246,55 @@ class _Best(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         example = self._examples[index]
         return replace(example, completion_ids=example.completion_ids[:1], labels=Labels())
+
+
+def _ranks(example: Example, count: int) -> tuple[int, ...]:
+    """The ranks of `count` completions; a pair without ranks stands best first.
+
+    Raises:
+        DataError: a longer list without ranks, or a single completion.
+    """
+    ranks = example.labels.ranks if example.labels.ranks is not None or count != 2 else (0, 1)
+    if ranks is None or count < 2:
+        raise DataError(f"{example.id}: expected at least two completions in an order, got {count} without one; add ranks.")
+    return ranks
+
+
+def _desirable(example: Example, count: int) -> list[bool]:
+    """The label of a single completion; of a list's `count` completions the better half is desirable (rank < K/2)."""
+    if count > 1:
+        return [rank < count / 2 for rank in _ranks(example, count)]
+    if example.labels.desirable is None:
+        raise DataError(f"{example.id}: expected a label for its single completion (desirable or not), got none.")
+    return [example.labels.desirable]
+
+
+class _WithMismatched(Sequence[Example]):
+    """Each prompt with another prompt's completion as one branch more: KTO's baseline (Ethayarajh 2024, section 4.1).
+
+    The partner is the next row in the data's order (after the last comes the first) whose prompt differs; rows take turns in
+    which of the partner's completions they get. So a row has the same mismatched completion in every epoch, and its
+    reference log-prob can be computed ahead.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example = self._examples[index]
+        others = self._partner(index, example).completion_ids
+        return replace(example, completion_ids=(*example.completion_ids, others[index % len(others)]))
+
+    def _partner(self, index: int, example: Example) -> Example:
+        for step in range(1, len(self)):
+            other: Example = self._examples[(index + step) % len(self)]
+            if other.prompt_ids != example.prompt_ids:
+                return other
+        raise DataError(
+            f"all {len(self)} rows have the same prompt: mismatched completions (KTO's baseline) need at least two prompts."
+        )

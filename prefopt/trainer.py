@@ -135,6 +135,8 @@ class _Run:
         self.step = 0
         # name -> [2] sum and count of running statistics that losses update, such as BCO's reward shift
         self.running: dict[str, Tensor] = {}
+        # What this step adds to them. No micro-batch may see what another one adds, so it waits for the step's end.
+        self._added: dict[str, Tensor] = {}
         self.result = FitResult()
         self._plain = [term for term in loss.terms if not term.coupled]
         self._coupled = [term for term in loss.terms if term.coupled]
@@ -171,29 +173,32 @@ class _Run:
 
     def _backward(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
         """Accumulates the gradient of the whole step's objective; returns its value and each term's weight, no gradient."""
-        # One micro-batch on one process is the whole step: its own weight is the global one.
+        # One micro-batch on one process is the whole step: its weights are the global ones, and its rows are all there are.
         whole = len(micro_batches) == 1 and self.communicator.world_size == 1
-        weights = {} if whole else self._global_weights(self._plain, micro_batches)
-        surrogates = coupled_objectives(self._coupled, self._given, self.policy, micro_batches, self.communicator, self._record)
-        values: list[Tensor] = list(surrogates.values)
+        plain, coupled = (self.loss.terms, ()) if whole else (self._plain, self._coupled)
+        weights = {} if whole else self._global_weights(plain, micro_batches)
+        surrogates = coupled_objectives(coupled, self._given, self.policy, micro_batches, self.communicator, self._record)
+        values: list[Tensor] = [torch.zeros((), device=self.device)]
         anchors: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             tensors = self._tensors(batch)
-            outputs = [(term, term(tensors)) for term in self._plain]
+            outputs = [(term, term(tensors)) for term in plain]
             if whole:
                 weights = {term.name: output.weight.detach().double().sum() for term, output in outputs}
             objectives = [t.coefficient * (out.loss * out.weight).sum() / weights[t.name] for t, out in outputs]
             for term, output in outputs:
                 self._record(term, output)
             if self.step == 0 and outputs:
-                anchors.append(anchor_loss(self._plain, batch, tensors, weights))
+                anchors.append(anchor_loss(plain, batch, tensors, weights))
             values.extend(value.detach() for value in objectives)
             parts = [*objectives, *surrogates.objectives(index, tensors)]
             (parts[0] if len(parts) == 1 else torch.stack(parts).sum()).backward()
-        total = self.communicator.sum(torch.stack([value.detach() for value in values]).sum())
+        self._fold_updates()
+        total = self.communicator.sum(torch.stack(values).sum())
         if anchors and not any(torch.isnan(anchor) for anchor in anchors):
-            self._check_first_loss(total - sum(surrogates.values), torch.stack(anchors).sum(), micro_batches)
-        return total, weights
+            self._check_first_loss(total, torch.stack(anchors).sum(), micro_batches)
+        # Every rank has the coupled terms of all ranks.
+        return total + sum(surrogates.values), {**weights, **surrogates.weights}
 
     def _global_weights(self, terms: Sequence[BoundTerm], micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Each term's weight summed over all micro-batches and ranks, before any forward pass: weights never depend on
@@ -245,8 +250,14 @@ class _Run:
             self.meter.add(f"loss/{term.name}", (output.loss, output.weight))
         for name, (total, count) in output.updates.items():
             added = torch.stack([value.detach().double().to(self.device) for value in (total, count)])
-            added = self.communicator.sum(added)
+            self._added[name] = self._added[name] + added if name in self._added else added
+
+    def _fold_updates(self) -> None:
+        """Adds what the step's terms report to the running statistics, summed over ranks."""
+        for name, own in self._added.items():
+            added = self.communicator.sum(own)
             self.running[name] = self.running[name] + added if name in self.running else added
+        self._added = {}
 
     def resume_clock(self) -> None:
         """Goes on counting training time."""

@@ -37,6 +37,9 @@ class CausalLMPolicy(nn.Module):
         dropout: keep the model's dropout in training; off by default, so that policy and reference agree at step 0.
         checkpointing: keep only the inputs of the model's layers for backward and compute the layers twice (Chen 2016).
 
+    Attributes:
+        reference: what `evaluate` takes full-vocabulary KLs against (TDPO); `build_policy` sets it.
+
     Raises:
         ConfigError: peft is missing; the model's logits are not its output embedding of its last hidden state; or
             checkpointing was asked for and the model has no layers that can be.
@@ -54,6 +57,7 @@ class CausalLMPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
+        self.reference: FrozenReference | None = None
         self.dropout = dropout
         self.checkpointing = checkpointing
         self.lora = lora
@@ -170,10 +174,20 @@ class CausalLMPolicy(nn.Module):
         return {**found, **scatter_all(batch, per_token)}
 
     def evaluate(self, batch: PackedBatch, needs: Collection[str], *, adapter: str | None = "policy") -> dict[str, Tensor]:
-        """See `Policy.evaluate`."""
+        """See `Policy.evaluate`.
+
+        Raises:
+            ConfigError: KLs to a reference that this policy does not have.
+        """
         quantities = sorted({_quantity(name) for name in needs})
+        live = "token_kls" in quantities
+        if live and self.reference is None:
+            raise ConfigError(
+                "the loss needs KLs over the whole vocabulary, and this policy has no reference to take them against: build "
+                "both by build_policy, or set policy.reference."
+            )
         with self.adapter(adapter):
-            rows = self.rows(batch, quantities)
+            rows = self.rows(batch, quantities, reference=self.reference if live else None)
         if "token_logps" in rows:
             rows["policy_token_logps"] = rows.pop("token_logps")
         return batch.to(self.device).tensors(needs, rows)
@@ -295,14 +309,14 @@ def build_policy(
     frozen copy.
     """
     weights = fingerprint(model)
-    policy = CausalLMPolicy(model, tokenizer, lora=lora, heads=heads, dropout=dropout, checkpointing=checkpointing)
-    if lora is not None:
-        return policy, FrozenReference(policy, weights)
-    frozen = copy.deepcopy(policy, {id(tokenizer): tokenizer})  # a copy's head needs no second check
-    frozen.dropout = False
-    frozen.heads = nn.ModuleDict()
-    frozen.requires_grad_(False)
-    return policy, FrozenReference(frozen, weights)
+    policy = frozen = CausalLMPolicy(model, tokenizer, lora=lora, heads=heads, dropout=dropout, checkpointing=checkpointing)
+    if lora is None:
+        frozen = copy.deepcopy(policy, {id(tokenizer): tokenizer})  # a copy's head needs no second check
+        frozen.dropout = False
+        frozen.heads = nn.ModuleDict()
+        frozen.requires_grad_(False)
+    policy.reference = FrozenReference(frozen, weights)
+    return policy, policy.reference
 
 
 def head_names(needs: Collection[str]) -> tuple[str, ...]:

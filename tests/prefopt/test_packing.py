@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefopt.data.records import Example
-from prefopt.packing import Group, PackedBatch, Sampling, flat_roles, pack, pair_roles, send_tensors, split_by_tokens
+from prefopt.packing import (
+    Group,
+    PackedBatch,
+    Sampling,
+    flat_roles,
+    group_roles,
+    mismatched_roles,
+    pack,
+    pair_roles,
+    send_tensors,
+    split_by_tokens,
+)
 
 IDS = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)
 EXAMPLES = st.lists(st.builds(Example, st.just("x"), IDS, st.lists(IDS, min_size=1, max_size=3).map(tuple)), min_size=1)
@@ -58,6 +69,44 @@ def test_every_token_stands_once_and_rows_can_be_read_back(examples: list[Exampl
         for completion in example.completion_ids
         for i in range(len(completion))
     ]
+
+
+def test_lists_of_different_lengths_by_hand() -> None:
+    """Two completions and three: what the shorter list lacks is 0 in every tensor, and has no gradient."""
+    examples = [Example("a", (9,), ((1,), (2, 3))), Example("b", (9,), ((4, 5), (6,), (7, 8)))]
+    scores = [torch.tensor(float(i)) for i in range(1, 6)]
+    batch = pack(examples, roles=group_roles, rows={"scores": scores})
+    assert {letter: batch.sizes[letter] for letter in "GKT"} == {"G": 2, "K": 3, "T": 2}
+    logps = torch.tensor([[-1.0, 0.0], [-2.0, -3.0], [-4.0, -5.0], [-6.0, 0.0], [-7.0, -8.0]], requires_grad=True)
+    names = {
+        "group_mask",
+        "group_token_mask",
+        "group_lengths",
+        "group_scores",
+        "policy_group_logps",
+        "policy_group_token_logps",
+    }
+    found = batch.tensors(names, {"policy_token_logps": logps})
+    assert found.keys() == names
+    assert found["group_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert found["group_token_mask"].tolist() == [[[1, 0], [1, 1], [0, 0]], [[1, 1], [1, 0], [1, 1]]]
+    assert found["group_lengths"].tolist() == [[1, 2, 0], [2, 1, 2]]
+    assert found["group_scores"].tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert found["policy_group_logps"].tolist() == [[-1, -5, 0], [-9, -6, -15]]
+    assert found["policy_group_token_logps"].tolist() == [[[-1, 0], [-2, -3], [0, 0]], [[-4, -5], [-6, 0], [-7, -8]]]
+    found["policy_group_logps"].sum().backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == [[1.0, 1.0]] * 5
+
+
+def test_the_last_completion_of_each_prompt_is_the_mismatched_one() -> None:
+    examples = [Example("a", (9,), ((1,), (2, 3))), Example("b", (9,), ((4, 5), (6,), (7, 8)))]
+    batch = pack(examples, roles=mismatched_roles)
+    assert (batch.roles[""].tolist(), batch.roles["mismatched_"].tolist()) == ([0, 2, 3], [1, 4])
+    assert (batch.sizes["N"], batch.sizes["M"]) == (3, 2)
+    found = batch.tensors({"mask", "mismatched_mask", "lengths"})
+    assert found["mismatched_mask"].tolist() == [[1, 1], [1, 1]]
+    assert found["lengths"].tolist() == [1, 2, 1]
 
 
 def sized(tokens: int, name: object = "x") -> Example:

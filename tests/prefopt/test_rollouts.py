@@ -77,7 +77,6 @@ def prompts(count: int) -> list[Example]:
 def workshop(setting: Setting, policy: CausalLMPolicy, reference: FrozenReference, **changes: Any) -> Workshop:
     """As a comparison's cell builds it."""
     advantage = setting.algorithm.loss.advantage
-    assert advantage is not None
     examples = changes.pop("examples", prompts(24))
     given: dict[str, Any] = {
         "policy": policy,
@@ -89,7 +88,7 @@ def workshop(setting: Setting, policy: CausalLMPolicy, reference: FrozenReferenc
         "eos_ids": (EOS,),
         "max_new_tokens": WORLD.config.max_completion_length,
         "needs": setting.loss.needs,
-        "advantage": partial(advantage, **setting.advantage_options),
+        "advantage": None if advantage is None else partial(advantage, **setting.advantage_options),
         "dtype": policy.dtype,
     }
     return Workshop(**{**given, **changes})
@@ -310,6 +309,86 @@ def test_every_rollout_is_used_once_an_epoch() -> None:
         assert len(set(epochs[0])) == 10
 
 
+GROUPED = RAW | {"advantages", "reference_token_logps"}
+
+
+def less_group_mean(rewards: Tensor, mask: Tensor, group_ids: Tensor) -> dict[str, Tensor]:
+    """A rollout's return less the mean of its prompt's rollouts."""
+    returns = (rewards * mask).sum(-1)
+    means = torch.stack([returns[group_ids == group].mean() for group in group_ids])
+    return {"advantages": (returns - means).unsqueeze(-1) * mask}
+
+
+def number_of(identity: str) -> int:
+    """A rollout's place in its buffer."""
+    return int(identity.rpartition(".")[2])
+
+
+def test_rollouts_of_one_prompt_stand_together_and_are_compared_over_the_whole_buffer() -> None:
+    """12 rollouts are 3 samples of 4 prompts. Advantages are worked out by hand from the rewards of the buffer, although a
+    step holds 5 of its rollouts."""
+    policy, reference = build_pair()
+    stream = make_stream(
+        policy, reference, {"rollout_size": 12, "samples_per_prompt": 3, "ppo_epochs": 1}, budget=Budget(batch_size=5),
+        needs=GROUPED, advantage=less_group_mean,
+    )  # fmt: skip
+    steps = list(stream)
+    assert stream.total_steps == len(steps) == 6 * 3, "24 prompts are 6 buffers of 4"
+    assert stream.sampled == 6 * 12
+    for begin in range(0, len(steps), 3):
+        buffer = [batch for step in steps[begin : begin + 3] for batch in step]
+        assert sorted(len(batch.ids) for step in steps[begin : begin + 3] for batch in step) == [2, 5, 5]
+        returns, advantages, asked = {}, {}, {}
+        for batch in buffer:
+            for row, identity in enumerate(batch.ids):
+                number = number_of(identity)
+                returns[number] = float(batch.rows["rewards"][row].sum())
+                advantages[number] = batch.rows["advantages"][row, 0].item()
+                asked[number] = identity.split("#")[0]
+        assert sorted(returns) == list(range(12))
+        for first in range(0, 12, 3):
+            group = range(first, first + 3)
+            assert len({asked[i] for i in group}) == 1
+            mean = sum(returns[i] for i in group) / 3
+            assert [advantages[i] for i in group] == pytest.approx([returns[i] - mean for i in group], abs=1e-9)
+        assert len({asked[i] for i in range(12)}) == 4
+    seen = {identity.split("#")[0] for step in steps for batch in step for identity in batch.ids}
+    assert len(seen) == 24, "an epoch is every prompt once"
+
+
+def test_samples_of_one_prompt_differ() -> None:
+    batch = raw_batch(*build_pair(), {"examples": prompts(1)}, samples_per_prompt=24)
+    assert len({tuple(prompt) for prompt, _ in texts_of(batch)}) == 1
+    assert len({tuple(completion) for _, completion in texts_of(batch)}) > 4
+
+
+@pytest.mark.parametrize(("advantage", "prompts_asked"), [(less_group_mean, 6), (None, 24)])
+def test_by_default_a_prompt_has_four_rollouts_where_they_are_compared(advantage: Any, prompts_asked: int) -> None:
+    batch = raw_batch(*build_pair(), {"advantage": advantage, "examples": prompts(prompts_asked)})
+    assert len(batch.ids) == 24
+    assert len({identity.split("#")[0] for identity in batch.ids}) == prompts_asked
+
+
+def test_reference_log_probs_are_kept_for_losses_that_name_them() -> None:
+    """Tokens, or their sum, as the reference gives them; otherwise they are let go."""
+    policy, reference = build_pair()
+    for needs in (RAW | {"reference_token_logps"}, RAW | {"reference_logps"}):
+        batch = raw_batch(policy, reference, {"needs": needs}, temperature=0.7)
+        wanted = reference.token_logps(batch)
+        torch.testing.assert_close(batch.rows["reference_token_logps"], wanted, atol=1e-10, rtol=0)
+        torch.testing.assert_close(batch.tensors({"reference_logps"})["reference_logps"], wanted.sum(-1), atol=1e-9, rtol=0)
+    assert "reference_token_logps" not in raw_batch(policy, reference).rows
+
+
+def test_a_loss_without_advantages_trains_on_rollouts() -> None:
+    """The entropy bonus by itself: the policy becomes more random."""
+    setting = algorithms.get("entropy").setting(rollout_size=16)
+    policy, reference = build_pair()
+    stream = rollouts(workshop(setting, policy, reference, budget=Budget(batch_size=16, epochs=10)), **setting.stream_options)
+    result = fit(policy, setting.loss, stream, Optimization(learning_rate=1e-2), logging=Logging(log_every=1))
+    assert result.lines[-1]["entropy"] > result.lines[0]["entropy"] + 0.1
+
+
 def flatten(step: list[PackedBatch]) -> list[Any]:
     found: list[Any] = []
     for batch in step:
@@ -319,10 +398,10 @@ def flatten(step: list[PackedBatch]) -> list[Any]:
 
 
 @pytest.mark.parametrize("made", [1, 3, 4])
-@pytest.mark.parametrize("top_p", [1.0, 0.8])
-def test_state_in_the_middle_of_a_buffer(made: int, top_p: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("top_p", "samples"), [(1.0, 1), (0.8, 1), (0.8, 3)])
+def test_state_in_the_middle_of_a_buffer(made: int, top_p: float, samples: int, tmp_path: Path) -> None:
     """Saved to disk after 1, 3 or 4 of the 4 steps on a buffer: what follows, later buffers included, is equal bit for bit."""
-    hyper = {"rollout_size": 12, "ppo_epochs": 2, "top_p": top_p}
+    hyper = {"rollout_size": 12, "ppo_epochs": 2, "top_p": top_p, "samples_per_prompt": samples}
     policy, reference = build_pair()
     stream = make_stream(policy, reference, hyper, budget=Budget(batch_size=6))
     steps = iter(stream)
@@ -333,7 +412,7 @@ def test_state_in_the_middle_of_a_buffer(made: int, top_p: float, tmp_path: Path
     other = make_stream(policy, reference, hyper, budget=Budget(batch_size=6))
     other.load_state_dict(checkpoint.load(path)[1])
     other_rest = list(other)
-    assert len(rest) == len(other_rest) == 8 - made
+    assert len(rest) == len(other_rest) == 4 * 2 * samples - made
     for one, two in zip(rest, other_rest, strict=True):
         for left, right in zip(flatten(one), flatten(two), strict=True):
             assert torch.equal(left, right) if isinstance(left, Tensor) else left == right
@@ -358,17 +437,21 @@ def test_scorer_errors_name_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    "hyper", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"rollout_size": 0}, {"ppo_epochs": 0}]
+    "hyper",
+    [
+        {"temperature": 0.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"rollout_size": 0},
+        {"ppo_epochs": 0},
+        {"samples_per_prompt": -1},
+        {"samples_per_prompt": 5},
+        {"rollout_size": 4, "samples_per_prompt": 8},
+    ],
 )
 def test_options_that_sample_nothing_are_refused(hyper: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="rollouts: "):
         make_stream(*build_pair(), hyper)
-
-
-def test_a_loss_whose_advantages_need_values_that_nothing_trains_is_no_algorithm() -> None:
-    assert "ppo_policy" not in algorithms.trainable_names()
-    with pytest.raises(ConfigError, match="cannot be trained alone"):
-        algorithms.get("ppo_policy")
 
 
 def test_gae_without_a_value_head_is_refused_before_anything_is_sampled() -> None:

@@ -131,14 +131,15 @@ def test_a_run_that_stops_early_stores_what_it_computed(tmp_path: Path) -> None:
     assert sorted(again.asked + first) == names(12)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "completions", "groups"])
+@pytest.mark.parametrize("kind", ["pairs", "completions", "groups", "labelled"])
 def test_both_ways_give_the_same_batches_at_the_same_cost(kind: str) -> None:
     """Values, rows and the ledger's tokens: when they are computed is nobody's business."""
     found = []
     for mode in MODES:
         cache = ReferenceCache(Counting(), micro_batch_tokens=30)
         budget = Budget(batch_size=4, micro_batch_size=2, max_steps=4, reference_pass=mode)
-        stream = OfflineStream(Lazy(10), kind=kind, budget=budget, reference=cache)
+        needs = KTO if kind == "labelled" else frozenset[str]()
+        stream = OfflineStream(Lazy(10), kind=kind, budget=budget, needs=needs, reference=cache)
         found.append((list(stream), cache.asked_tokens, cache.computed_tokens))
     (ahead, *costs), (in_loop, *other_costs) = found
     assert costs == other_costs
@@ -182,6 +183,109 @@ def test_completions_are_the_best_of_each_row() -> None:
     wanted = [by_id[name].prompt_ids + by_id[name].completion_ids[0] for name in batch.ids]
     assert batch.input_ids.tolist() == [token for ids in wanted for token in ids]
     assert "ranks" not in batch.data
+
+
+def one_step(rows: Sequence[Example], kind: str, **options: Any) -> tuple[PackedBatch, list[Example]]:
+    """All rows in one batch, and the rows in the batch's order."""
+    ((batch,),) = list(OfflineStream(rows, kind=kind, budget=Budget(batch_size=len(rows), micro_batch_tokens=10**6), **options))
+    by_id = {row.id: row for row in rows}
+    return batch, [by_id[name] for name in batch.ids]
+
+
+def completions_of(batch: PackedBatch) -> list[tuple[int, ...]]:
+    """Row by row."""
+    table = batch.scatter_tokens(batch.targets.double()).long()
+    return [tuple(row[:n].tolist()) for row, n in zip(table, batch.mask.sum(-1).long().tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1, 0), None])
+def test_pairs_as_labelled_rows(ranks: tuple[int, int] | None) -> None:
+    """The prompt stands once, both completions are rows in the order of the pair losses, and the better one is desirable."""
+    rows = [replace(row, labels=Labels(ranks=ranks)) for row in Lazy(6)]
+    batch, ordered = one_step(rows, "labelled")
+    as_pairs, _ = one_step(rows, "pairs")
+    assert (batch.ids, batch.input_ids.tolist()) == (as_pairs.ids, as_pairs.input_ids.tolist())
+    assert completions_of(batch) == [completion for row in ordered for completion in row.completion_ids]
+    assert batch.data["desirable"].tolist() == [ranks != (1, 0), ranks == (1, 0)] * 6
+    assert batch.sizes["N"] == 12
+
+
+def test_labelled_rows_of_their_own_and_of_lists() -> None:
+    """A single completion has its label; of five the two or three better ones are desirable (rank < K/2)."""
+    single = [replace(row, labels=Labels(desirable=bool(i % 3))) for i, row in enumerate(Lazy(5, k=1))]
+    batch, ordered = one_step(single, "labelled")
+    assert batch.data["desirable"].tolist() == [row.labels.desirable for row in ordered]
+    lists = [replace(row, labels=Labels(ranks=(4, 0, 2, 1, 3))) for row in Lazy(3, k=5)]
+    assert one_step(lists, "labelled")[0].data["desirable"].tolist() == [False, True, True, True, False] * 3
+    with pytest.raises(DataError, match=r"row:\d: expected a label for its single completion"):
+        one_step([replace(row, labels=Labels()) for row in single], "labelled")
+    with pytest.raises(DataError, match=r"row:\d: expected at least two completions in an order, got 5 without one"):
+        one_step([replace(row, labels=Labels()) for row in lists], "labelled")
+
+
+def test_lists_of_different_lengths_in_one_batch() -> None:
+    """Ranks of missing completions go on behind the valid ones; a pair without ranks is a list of two, best first."""
+    rows = [*list(Lazy(2, k=4))[:1], replace(Lazy(2)[1], labels=Labels())]
+    batch, ordered = one_step(rows, "groups")
+    first = [row.id for row in ordered].index("row:0")
+    found = batch.tensors({"group_mask", "ranks", "group_lengths"})
+    assert found["group_mask"][first].tolist() == [1, 1, 1, 1]
+    assert found["group_mask"][1 - first].tolist() == [1, 1, 0, 0]
+    assert found["ranks"].tolist() == [[0, 1, 2, 3]] * 2
+    assert found["group_lengths"][1 - first].tolist() == [*map(len, rows[1].completion_ids), 0, 0]
+    with pytest.raises(DataError, match="got 1 without one; add ranks"):
+        one_step(list(Lazy(2, k=1)), "groups")
+
+
+KTO = frozenset({"policy_mismatched_logps", "desirable"})
+
+
+def test_mismatched_completions_are_those_of_the_next_other_prompt() -> None:
+    """Rows 0 to 5, of which 2 and 3 share a prompt: 2 passes over 3, the last row starts again at the first, and rows take
+    turns in which completion they get."""
+    rows = list(Lazy(6))
+    rows[3] = replace(rows[3], prompt_ids=rows[2].prompt_ids)
+    batch, ordered = one_step(rows, "labelled", needs=KTO)
+    partner = {0: 1, 1: 2, 2: 4, 3: 4, 4: 5, 5: 0}
+    numbers = [rows.index(row) for row in ordered]
+    wanted = [rows[partner[i]].completion_ids[i % 2] for i in numbers]
+    every = completions_of(batch)
+    assert [every[i] for i in batch.roles["mismatched_"].tolist()] == wanted
+    assert [every[i] for i in batch.roles[""].tolist()] == [completion for row in ordered for completion in row.completion_ids]
+    assert batch.data["desirable"].tolist() == [True, False] * 6
+    assert (batch.sizes["N"], batch.sizes["M"]) == (12, 6)
+    assert one_step(rows, "labelled")[0].sizes.keys() == {"N", "T"}
+
+
+def test_mismatched_completions_of_single_rows() -> None:
+    rows = [replace(row, labels=Labels(desirable=bool(i % 2))) for i, row in enumerate(Lazy(4, k=1))]
+    batch, ordered = one_step(rows, "labelled", needs=KTO)
+    every = completions_of(batch)
+    wanted = [rows[(rows.index(row) + 1) % 4].completion_ids[0] for row in ordered]
+    assert [every[i] for i in batch.roles["mismatched_"].tolist()] == wanted
+    assert batch.data["desirable"].tolist() == [row.labels.desirable for row in ordered]
+
+
+def test_a_mismatched_completion_costs_one_row_more_and_one_reference_pass() -> None:
+    """Of 1000 rows a step of 4 reads 8; later epochs ask the reference nothing new."""
+    lazy = Lazy(1000)
+    next(iter(OfflineStream(lazy, kind="labelled", budget=Budget(batch_size=4), needs=KTO)))
+    assert len(lazy.read) == 8
+    reference = Counting()
+    budget = Budget(batch_size=4, epochs=3)
+    stream = OfflineStream(Lazy(8), kind="labelled", budget=budget, needs=KTO, reference=ReferenceCache(reference))
+    assert len(reference.asked) == 8
+    for step in stream:
+        for batch in step:
+            found = batch.tensors({"reference_mismatched_logps"})["reference_mismatched_logps"]
+            torch.testing.assert_close(found, reference.token_logps(batch)[batch.roles["mismatched_"]].sum(-1))
+    assert len(reference.asked) == 8 + 3 * 8
+
+
+def test_one_prompt_has_no_mismatched_completions() -> None:
+    rows = [replace(row, prompt_ids=(1, 2)) for row in Lazy(4)]
+    with pytest.raises(DataError, match="all 4 rows have the same prompt"):
+        one_step(rows, "labelled", needs=KTO)
 
 
 def test_micro_batches_split_a_step_without_changing_it() -> None:

@@ -84,6 +84,7 @@ def offline_run(
         pairs(24),
         kind=setting.algorithm.stream,
         budget=Budget(batch_size=batch, micro_batch_size=micro, max_steps=steps, epochs=10),
+        needs=setting.loss.needs,
         reference=tiny_reference(dtype),
         dtype=dtype,
     )
@@ -199,6 +200,12 @@ def trainer_test_rank_loss(
     )
 
 
+@losses.register("trainer_test_rank_weightless", coupled=True)
+def trainer_test_rank_weightless_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor) -> LossOutput:
+    """No row counts, and rows interact."""
+    return LossOutput(policy_chosen_logps - policy_rejected_logps.mean(), torch.zeros_like(policy_chosen_logps))
+
+
 @losses.register("trainer_test_shift")
 def trainer_test_shift_loss(
     policy_chosen_logps: Tensor, reference_chosen_logps: Tensor, policy_rejected_logps: Tensor, reward_shift: Tensor
@@ -216,13 +223,40 @@ def trainer_test_weightless_loss(policy_chosen_logps: Tensor) -> LossOutput:
     return LossOutput(policy_chosen_logps, torch.zeros_like(policy_chosen_logps))
 
 
-def test_coupled_losses_do_not_depend_on_micro_batches() -> None:
+@pytest.mark.parametrize("name", ["trainer_test_rank", "kto", "aot"])
+def test_coupled_losses_do_not_depend_on_micro_batches(name: str) -> None:
     """The loss is evaluated once over the whole step: 8x1 equals 1x8, which plain accumulation would not give."""
-    whole, whole_result = offline_run("trainer_test_rank", micro=8, dtype=torch.float64)
-    parts, parts_result = offline_run("trainer_test_rank", micro=1, dtype=torch.float64)
-    for key, value in whole.trainable_state().items():
-        torch.testing.assert_close(parts.trainable_state()[key], value, atol=1e-10, rtol=0)
-    assert parts_result.lines[-1]["loss"] == pytest.approx(whole_result.lines[-1]["loss"], rel=1e-9)
+    whole, whole_result = offline_run(name, micro=8, dtype=torch.float64)
+    for micro in (4, 1):
+        parts, parts_result = offline_run(name, micro=micro, dtype=torch.float64)
+        for key, value in whole.trainable_state().items():
+            torch.testing.assert_close(parts.trainable_state()[key], value, atol=1e-10, rtol=0)
+        # Before the first update every margin is zero up to rounding, so its sign says nothing: compare from step 2 on.
+        for first, second in zip(whole_result.lines[1:], parts_result.lines[1:], strict=True):
+            assert first == pytest.approx(second, rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize(("micro", "passes"), [(8, 1), (4, 4)])
+def test_a_coupled_loss_on_one_micro_batch_takes_one_forward_pass(
+    micro: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two micro-batches in the step, each is encoded twice."""
+    made = []
+    evaluate = CausalLMPolicy.evaluate
+
+    def counted(policy: CausalLMPolicy, batch: PackedBatch, needs: Collection[str]) -> dict[str, Tensor]:
+        made.append(batch)
+        return evaluate(policy, batch, needs)
+
+    monkeypatch.setattr(CausalLMPolicy, "evaluate", counted)
+    offline_run("trainer_test_rank", micro=micro, steps=1)
+    assert len(made) == passes
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+def test_a_coupled_step_in_which_no_row_counts_is_refused(micro: int) -> None:
+    with pytest.raises(TrainingError, match=r"the weights of 'trainer_test_rank_weightless' sum to 0\.0; no row"):
+        offline_run("trainer_test_rank_weightless", micro=micro, steps=1)
 
 
 def test_running_statistics_are_folded_by_the_trainer() -> None:
@@ -232,6 +266,18 @@ def test_running_statistics_are_folded_by_the_trainer() -> None:
     assert shifts[0] == 0
     assert shifts[1] < 0
     assert shifts[2] != shifts[1]
+
+
+@pytest.mark.parametrize("name", ["trainer_test_shift", "bco"])
+def test_running_statistics_do_not_depend_on_micro_batches(name: str) -> None:
+    """No micro-batch sees what another one of its step adds: 8x1, 4x2 and 1x8 give the same parameters and metrics."""
+    whole, result = offline_run(name, micro=8, dtype=torch.float64)
+    for micro in (4, 1):
+        parts, parts_result = offline_run(name, micro=micro, dtype=torch.float64)
+        for key, value in whole.trainable_state().items():
+            torch.testing.assert_close(parts.trainable_state()[key], value, atol=1e-10, rtol=0)
+        for first, second in zip(result.lines[1:], parts_result.lines[1:], strict=True):
+            assert first == pytest.approx(second, rel=1e-8, abs=1e-10)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""Every registered loss trains through the command line from its name alone, and moves what it declares."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import losses
+from losses.types import VOCABULARY
+from prefopt import algorithms
+from prefopt.models.causal_lm import head_names
+
+STEPS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", losses.names())
+def test_trains_twenty_steps_from_its_name(name: str, cli: Any, tmp_path: Path, shared_cache: Path) -> None:
+    run = tmp_path / "run"
+    done = cli(
+        "train", name, "--data", "exact", "--pairs", 128, "--batch-size", 8, "--epochs", 2, "--max-steps", STEPS,
+        "--checkpoints", 1, "--save-every", 0, "--log-every", 1, "--output-dir", run,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if "loss" in line}
+    assert list(steps) == list(range(1, STEPS + 1))
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps.values())
+    needs = algorithms.get(name).setting().loss.needs
+    heads = head_names(needs)
+    if heads:
+        trained = load_file(run / "policy" / "heads.safetensors")
+        assert all(float(trained[f"{head}.weight"].abs().max()) > 0 for head in heads), "heads start at zero"
+    (start,) = (shared_cache / "sft").glob("*/weights.safetensors")
+    before, after = load_file(start), load_file(run / "policy" / "model.safetensors")
+    moved = {key: value for key, value in after.items() if not torch.equal(value, before[f"model.{key}"])}
+    assert any(VOCABULARY[tensor].source == "policy" for tensor in needs)
+    assert moved, "no weight of the model is another than at the start"
