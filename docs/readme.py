@@ -1,4 +1,4 @@
-"""The parts of README.md that follow from the code: `make readme` rewrites the table of losses and the layout."""
+"""The parts of README.md that follow from the code: `make readme` rewrites the tables of losses and the layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import losses
 from losses.registry import Loss
-from prefopt import algorithms
+from prefopt.cli import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_WIDTH = 118
@@ -22,8 +22,10 @@ TOP = {
     "tests/benchmarks": "the benchmarks' arithmetic, on tiny models",
     "tests/gpu": "what only a CUDA device can show",
     "docs/design.md": "architecture and reasons",
+    "docs/peers.md": "what other projects compute, and where this one differs on purpose",
     "docs/profile.md": "where a training step goes, and what bounds it",
-    "docs/readme.py": "writes this tree and the table of losses",
+    "docs/readme.py": "writes this tree and the tables of losses",
+    "docs/loss_page.py": "writes docs/losses.md, every loss whole: `make docs`",
     "references.bib": "the papers",
     "constraints.txt": "exact versions",
     "pyproject.toml": "package, extras, tools",
@@ -38,22 +40,24 @@ def render(text: str) -> str:
 
 
 def losses_table() -> str:
-    """One row a loss: name, the first line of its docstring, papers, what it trains on, file."""
+    """A table for each family, one short row a loss: name and file, the first line of its docstring, papers."""
     papers = read_papers((ROOT / "references.bib").read_text())
-    head = "| name | loss | paper | trains on | file |\n|---|---|---|---|---|"
-    return "\n".join([head, *(_row(loss, papers) for loss in own_losses())])
+    parts = []
+    for family, members in catalogue.by_family(own_losses()).items():
+        rows = [_row(loss, papers) for loss in members]
+        parts.append("\n".join([f"**{family.capitalize()}** ({len(rows)})\n", "| name | loss | paper |\n|---|---|---|", *rows]))
+    return "\n\n".join(parts)
 
 
 def own_losses() -> list[Loss]:
     """The losses of this repository, sorted; tests and users register more."""
-    return [loss for loss in map(losses.get, losses.names()) if _file(loss).is_relative_to(ROOT / "losses")]
+    return [loss for loss in map(losses.get, losses.names()) if file_of(loss).is_relative_to(ROOT / "losses")]
 
 
 def read_papers(text: str) -> dict[str, str]:
     """BibTeX entries as short Markdown citations by key, linked where arXiv has them."""
     papers = {}
-    for key, body in re.findall(r"^@\w+\{([^,\s]+),\n(.*?)^\}", text, re.MULTILINE | re.DOTALL):
-        fields = dict(re.findall(r"^\s*(\w+) = \{(.*)\},?$", body, re.MULTILINE))
+    for key, fields in read_bibtex(text).items():
         names = [author.split(",")[0] for author in fields["author"].split(" and ")]
         who = " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
         number = re.search(r"arXiv:(\d{4}\.\d{5})", fields.get("journal", ""))
@@ -62,15 +66,16 @@ def read_papers(text: str) -> dict[str, str]:
     return papers
 
 
-def cited_keys(loss: Loss) -> list[str]:
-    """The keys of references.bib in a loss's docstring, in order, each once."""
-    return list(dict.fromkeys(re.findall(r"\[([a-z]+\d{4}\w*)\]", loss.doc)))
+def read_bibtex(text: str) -> dict[str, dict[str, str]]:
+    """The fields of BibTeX entries by key."""
+    entries = re.findall(r"^@\w+\{([^,\s]+),\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    return {key: dict(re.findall(r"^\s*(\w+) = \{(.*)\},?$", body, re.MULTILINE)) for key, body in entries}
 
 
 def layout() -> str:
     """The tree with a line per file of the packages; files that hold losses share one line, since the table lists them."""
     lines = [("losses/<name>.py", "one algorithm, or one tight family, a file")]
-    holders = {_file(loss) for loss in own_losses()} | {
+    holders = {file_of(loss) for loss in own_losses()} | {
         Path(t.function.__code__.co_filename) for loss in own_losses() for t in loss.terms
     }
     for package in ("losses", "prefopt", "benchmarks"):
@@ -106,16 +111,14 @@ def _tree(lines: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def _row(loss: Loss, papers: dict[str, str]) -> str:
-    line = loss.doc.splitlines()[0].removesuffix(".").replace("`", "")
-    equation = f"`{line}`" if line.startswith("L") else line
-    cited = ", ".join(papers[key] for key in cited_keys(loss))
-    trains_on = algorithms.stream_of(loss) if loss.name in algorithms.trainable_names() else "a term of other losses"
-    file = _file(loss).relative_to(ROOT).as_posix()
-    cells = (f"`{loss.name}`", equation, cited, trains_on, f"[{file}]({file})")
+    line = catalogue.equation(loss).replace("`", "")
+    cited = ", ".join(papers[citation.key] for citation in catalogue.citations(loss.doc))
+    cells = (f"[`{loss.name}`]({file_of(loss).relative_to(ROOT).as_posix()})", f"`{line}`", cited)
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
-def _file(loss: Loss) -> Path:
+def file_of(loss: Loss) -> Path:
+    """Where a loss is written: its own file, or that of its family."""
     own = ROOT / "losses" / f"{loss.name}.py"
     return own if own.exists() else Path(loss.terms[0].function.__code__.co_filename)
 

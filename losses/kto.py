@@ -33,8 +33,8 @@ def kto_loss(
         desirable_weight: w_D; the paper keeps w_D n_D / (w_U n_U) in [1, 4/3] for unequal numbers of labels.
         undesirable_weight: w_U; raising it pushes harder against undesirable completions.
 
-    Differences: z is a mean over all mismatched completions of the step; TRL's is a mean over ranks of per-rank means, and
-    rlhf-book's is a mean over the rejected ones, twice as large.
+    Differences: z is a mean over all mismatched completions of the step; TRL averages per-rank means, and rlhf-book takes the
+    mean log-ratio of the rejected completions for z and adds the means of both classes, twice a mean over all rows.
     """
     log_ratio = policy_logps - reference_logps
     baseline = (policy_mismatched_logps - reference_mismatched_logps).mean().clamp(min=0).detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
@@ -226,9 +227,11 @@ class _Job:
 
     @property
     def folder(self) -> Path:
-        # The hash keeps settings of one algorithm apart whatever characters their values have.
-        key = content_key(dict(self.entry.hyper), self.entry.name)[:6]
-        return self.output / CELLS_FOLDER / f"{self.entry.algorithm}-{key}-seed{self.seed}"
+        # Sums of losses hold characters that file systems refuse. The hash keeps settings of one algorithm apart whatever
+        # characters their values have, and sums that differ only in what was replaced.
+        name, replaced = re.sub(r"[^\w.-]", "_", self.entry.algorithm), re.findall(r"[^\w.-]", self.entry.algorithm)
+        key = content_key(dict(self.entry.hyper), self.entry.name, *replaced)[:6]
+        return self.output / CELLS_FOLDER / f"{name}-{key}-seed{self.seed}"
 
     @property
     def done(self) -> bool:

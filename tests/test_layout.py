@@ -1,31 +1,42 @@
-"""What README.md and CONTRIBUTING.md say is true: layout, losses, papers, examples, targets."""
+"""What README.md and CONTRIBUTING.md say is true: layout, losses, papers, examples, targets; and docs/losses.md is whole."""
 
 from __future__ import annotations
 
-import importlib.util
+import html
+import importlib
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import losses
+from prefopt import algorithms
+from prefopt.cli import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_generator", ROOT / "docs" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generator() -> Iterator[ModuleType]:
+    yield from script("readme")
+
+
+@pytest.fixture(scope="module")
+def loss_page() -> Iterator[ModuleType]:
+    yield from script("loss_page")
+
+
+def script(name: str) -> Iterator[ModuleType]:
+    """A script of docs/ as a module; as when it runs, it finds the others beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        yield importlib.import_module(name)
 
 
 def section(name: str) -> str:
@@ -79,12 +90,52 @@ def test_every_loss_is_in_the_table_and_cites_papers_that_exist(generator: Modul
     papers = generator.read_papers((ROOT / "references.bib").read_text())
     own = generator.own_losses()
     assert {"dpo", "ipo", "cpl", "ppo"} <= {loss.name for loss in own} <= set(losses.names())
-    rows = re.findall(r"^\| `(\w+)` \|", section("losses"), re.MULTILINE)
-    assert rows == [loss.name for loss in own]
+    rows = re.findall(r"^\| \[`(\w+)`\]\(losses/\w+\.py\) \|", section("losses"), re.MULTILINE)
+    assert sorted(rows) == [loss.name for loss in own]
     for loss in own:
-        keys = generator.cited_keys(loss)
-        assert keys, f"the docstring of {loss.name} names no paper as [key]"
+        keys = [citation.key for citation in catalogue.citations(loss.doc)]
+        assert keys, f"the docstring of {loss.name} names no paper as `Author et al. 2023 [key]`"
+        bare = {*re.findall(r"\[([a-z]+\d{4}\w*)\]", loss.doc)} - {*keys}
+        assert not bare, f"{loss.name}: no author and year stand before {bare}"
         assert not [key for key in keys if key not in papers], f"{loss.name}: add {keys} to references.bib"
+
+
+def test_the_table_of_losses_is_by_family_and_its_rows_are_short(generator: ModuleType) -> None:
+    heads = re.findall(r"^\*\*(.*)\*\* \((\d+)\)$", generator.losses_table(), re.MULTILINE)
+    families = catalogue.by_family(generator.own_losses())
+    assert heads == [(family.capitalize(), str(len(members))) for family, members in families.items()]
+    shown = re.sub(r"\]\([^)]*\)", "]", generator.losses_table())
+    assert max(map(len, shown.splitlines())) < 260
+
+
+def test_the_page_of_losses_holds_every_loss_and_every_option(loss_page: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "losses.md"
+    loss_page.write(path)
+    text = html.unescape(re.sub(r"\\([\\*_`<\[\]|])", r"\1", path.read_text()))
+    sections = {name: body for name, _, body in (part.partition("\n") for part in re.split(r"^### ", text, flags=re.MULTILINE))}
+    rollouts = text.partition("## Rollouts")[2]
+    for loss in loss_page.own_losses():
+        held, algorithm = sections[loss.name], algorithms.get(loss.name)
+        words = {word.rstrip(".:,") for word in loss.doc.split()} - {"Args"}
+        lost = {word for word in words if word not in held and f"--{word.replace('_', '-')}" not in held}
+        assert not lost, f"the docstring of {loss.name} lost {lost}"
+        for name in catalogue.tensors(loss):
+            shape = f"[{', '.join(losses.VOCABULARY[name].shape)}]"
+            assert f"| {name} | {shape} | {losses.VOCABULARY[name].source} | {losses.VOCABULARY[name].meaning}" in held
+        for option in algorithm.flags.values():
+            flag, default = option.name.replace("_", "-"), re.escape(str(option.default))
+            row = rf"^\| --{flag} \| .* \| {default} \| {re.escape(option.help)} \|$"
+            where = held if re.search(row, held, re.MULTILINE) or option.name not in catalogue.rollout_options() else rollouts
+            assert re.search(row, where, re.MULTILINE), f"{loss.name}: {row}"
+        assert f"../{loss_page.file_of(loss).relative_to(ROOT).as_posix()}" in held
+        for citation in catalogue.citations(loss.doc):
+            assert f"- [{citation.key}] " in held
+        assert ("Coupled" in held) == loss.coupled
+        assert loss.advantage is None or f"Advantage function: {loss.advantage.__name__}." in held
+
+
+def test_no_markup_of_a_docstring_is_lost_on_the_page(loss_page: ModuleType) -> None:
+    assert loss_page.prose("a*b_c < `d*e` [f]|g") == r"a\*b\_c \< `d*e` \[f\]\|g"
 
 
 def test_papers_are_read_from_bibtex(generator: ModuleType) -> None:

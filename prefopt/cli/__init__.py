@@ -20,6 +20,7 @@ USAGE, INTERRUPTED = 2, 130
 _HELP = "prefopt compares preference-optimization algorithms: same rows, same order, same reference, one trainer."
 _EXAMPLES = """Examples:
   prefopt train ipo --help                                   what IPO is, and every flag
+  prefopt train dpo:1.0+sft:0.2 --dpo-beta 0.3 --output-dir runs/sum   any weighted sum of losses is a loss
   prefopt compare dpo ipo cpl --output-dir runs/first        three algorithms in the built-in exact world
   prefopt train dpo --data pairs.jsonl --model MODEL_FOLDER --lora 8 --output-dir runs/dpo
   prefopt data inspect pairs.jsonl                           what would be read, and what left out
@@ -42,7 +43,7 @@ _COMMANDS = {
     "score": _Command("Score pairs by many losses on one forward pass: values, rewards, gradients.", "prefopt.cli.score"),
     "report": _Command("Make report.html anew from the results of a comparison.", "prefopt.cli.report"),
     "data": _Command("Look at preference data.", "prefopt.cli.data"),
-    "losses": _Command("List the losses: equation, data, flags.", "prefopt.cli.losses"),
+    "losses": _Command("List the losses by family, or show one whole: equation, data, flags, paper.", "prefopt.cli.losses"),
     "laws": _Command("Check a loss against the laws that every loss obeys.", "prefopt.cli.laws"),
     "doctor": _Command("Show versions, devices and which extras are installed.", "prefopt.cli.doctor"),
 }
@@ -90,7 +91,7 @@ def _build(wanted: str, tokens: Sequence[str]) -> App:
     for name, command in _COMMANDS.items():
         sub = importlib.import_module(command.module).build(tokens) if name == wanted else App(name, version_flags=())
         sub.help_epilogue = ""
-        sub.help = command.help
+        sub.help = sub.help or command.help
         app.command(sub)
     return app
 

@@ -24,6 +24,7 @@ from prefopt.cli.flags import (
     parameter_defaults,
     parse_value,
 )
+from prefopt.cli.lookup import find_algorithm
 from prefopt.compare import Entry, Study, compare, describe
 from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
@@ -31,6 +32,7 @@ from prefopt.machine import standard_console
 _STUDY = "Study"
 # What the YAML file may name besides flags.
 _ALGORITHMS = "algorithms"
+_ALGORITHM_HELP = "Losses (`prefopt losses`), or weighted sums of them as dpo:1.0+sft:0.2."
 
 
 def build(tokens: Sequence[str]) -> App:
@@ -43,12 +45,12 @@ def build(tokens: Sequence[str]) -> App:
     names = [str(name) for values in settings for name in values.pop(_ALGORITHMS, [])]
 
     def run(*given: str, **values: Any) -> None:
-        _run([*given] or names, values)
+        _run([*given, *values.get("named", ())] or names, values)
 
     positional = Argument(
         "algorithm",
         Argument.VAR_POSITIONAL,
-        annotation=Annotated[str, Parameter(help="Names of losses: `prefopt losses`.", group=_STUDY)],
+        annotation=Annotated[str, Parameter(help=_ALGORITHM_HELP, group=_STUDY)],
     )
     config = [Dict(values, use_commands_as_keys=False, source="--config") for values in settings]
     app = App("compare", version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext", config=config)
@@ -64,8 +66,10 @@ def explain_unknown(tokens: Sequence[str], option: str) -> str:
 
 
 def _study_flags() -> list[Flag]:
+    named: Any = Annotated[tuple[str, ...], Parameter(name=("--loss", "--losses"))]
     chosen: Any = Annotated[tuple[str, ...], Parameter(name="--set")]
     return [
+        Flag("named", named, (), "More algorithms, as those named before the flags.", _STUDY),
         Flag(
             "output_dir",
             Path | None,
@@ -99,6 +103,8 @@ def _run(names: Sequence[str], values: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"name the algorithms to compare: prefopt compare dpo ipo. Known: {', '.join(algorithms.trainable_names())}."
         )
+    for name in names:
+        find_algorithm(name)
     hyper = parse_assignments(names, values.get("assignments", ()))
     entries = [Entry(name, hyper[name]) for name in names]
     seeds = values.get("seeds", 3)
@@ -129,13 +135,13 @@ def parse_assignments(names: Sequence[str], assignments: Sequence[str]) -> dict[
     for text in assignments:
         where, equals, value = text.partition("=")
         name, dot, flag = where.rpartition(".")
-        if not (equals and dot and name and flag):
+        if not (equals and dot and name and flag.replace("-", "_").isidentifier()):
             raise ConfigError(f"--set {text}: expected ALGO.FLAG=VALUE, for example --set {names[0]}.FLAG=VALUE.")
         if name not in found:
             raise ConfigError(
                 f"--set {text}: {name!r} is not compared{suggest_option(name, names)}. Compared: {', '.join(names)}."
             )
-        found[name][flag.replace("-", "_")] = parse_value(algorithms.get(name), flag, value)
+        found[name][flag.replace("-", "_")] = parse_value(find_algorithm(name), flag, value)
     return found
 
 

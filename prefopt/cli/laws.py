@@ -14,6 +14,7 @@ import losses
 from losses.laws import check
 from prefopt import algorithms
 from prefopt.cli.flags import parameter_defaults
+from prefopt.cli.lookup import find_loss
 from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
 
@@ -27,7 +28,7 @@ def build(tokens: Sequence[str]) -> App:
 
 
 def _laws(
-    *name: Annotated[str, Parameter(help="Registered losses; without one, those of --import.")],
+    *name: Annotated[str, Parameter(help="Losses or weighted sums of them; without one, those of --import.")],
     imports: Annotated[tuple[str, ...], Parameter(name="--import", help="Python files of your own that register losses.")] = (),
     seed: Annotated[int, Parameter(help="Of the tensors that are drawn.")] = 0,
 ) -> int:
@@ -38,7 +39,7 @@ def _laws(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("loss", "law", "outcome", "detail"):
         table.add_column(column, overflow="fold")
-    results = [(each, result) for each in names for result in check(each, seed)]
+    results = [(each, result) for each in names for result in check(find_loss(each).name, seed)]
     for each, result in results:
         table.add_row(*map(Text, (each, result.law, result.outcome, result.detail)))
     standard_console().print(table)

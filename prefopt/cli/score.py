@@ -30,6 +30,7 @@ from prefopt.cli.flags import (
     parameter_defaults,
     parse_value,
 )
+from prefopt.cli.lookup import find_algorithm, find_loss
 from prefopt.compare import Entry, environment
 from prefopt.errors import ConfigError, OutputError
 from prefopt.files import write_json
@@ -45,6 +46,7 @@ SCHEMA_VERSION = 1
 SCORES_FILE, PAIRS_FILE, COSINE_FILE, TIMINGS_FILE = "scores.json", "per_pair.jsonl", "cosine.png", "timings.json"
 ALL = "all"
 _SCORING = "Scoring"
+_FORM = "expected NAME:FLAG=VALUE,FLAG=VALUE, for example dpo:beta=0.5."
 # Of the common options, what reading pairs and a start depends on.
 _GROUPS = frozenset({"Data", "Model"})
 _MORE = frozenset({"batch_size", "micro_batch_size", "micro_batch_tokens", "eval_pairs", "sft_epochs", "sft_learning_rate"})
@@ -65,8 +67,11 @@ def explain_unknown(tokens: Sequence[str], option: str) -> str:
 
 
 def _own_flags() -> list[Flag]:
-    chosen: Any = Annotated[tuple[str, ...], Parameter(name="--losses")]
-    words = "Losses as NAME or NAME:FLAG=VALUE,FLAG=VALUE; all is every registered one, with its paper's defaults."
+    chosen: Any = Annotated[tuple[str, ...], Parameter(name=("--losses", "--loss"))]
+    words = (
+        "Losses, or weighted sums as dpo:1.0+sft:0.2, each as NAME or NAME:FLAG=VALUE,FLAG=VALUE; all is every registered "
+        "one, with its paper's defaults."
+    )
     return [
         Flag("words", chosen, (ALL,), words, _SCORING),
         Flag("policy", Path | None, None, "A run of prefopt train, scored against its start; else the start.", _SCORING),
@@ -122,33 +127,38 @@ def parse_losses(words: Sequence[str]) -> dict[str, BoundLoss]:
     """Losses by label from NAME, NAME:FLAG=VALUE,FLAG=VALUE and `all`.
 
     Raises:
-        ConfigError: an unknown flag or value, or one loss twice with the same values.
-        UnknownName: a loss that does not exist.
+        ConfigError: an unknown loss, flag or value, or one loss twice with the same values.
     """
     found: dict[str, BoundLoss] = {}
     for word in words:
         if word == ALL:
             continue
-        name, _, assignments = word.partition(":")
-        hyper = _hyper(word, name, assignments)
+        name, hyper = _read_word(word)
         label = Entry(name, hyper).label
         if label in found:
             raise ConfigError(f"--losses {word}: {label!r} is named twice; leave one out, or give it other values.")
         # A loss that is part of others has no stream, but without hyper-parameters it needs none to be scored or listed.
-        found[label] = check_values(algorithms.get(name).setting(**hyper)).loss if hyper else losses.get(name).bind()
+        found[label] = check_values(find_algorithm(name).setting(**hyper)).loss if hyper else find_loss(name).bind()
     if ALL in words:
         found.update({name: losses.get(name).bind() for name in losses.names() if name not in found})
     return found
 
 
-def _hyper(word: str, name: str, assignments: str) -> dict[str, Any]:
+def _read_word(word: str) -> tuple[str, dict[str, Any]]:
+    """Name and values. A sum has colons of its own: the flags stand after the last one before the first `=`."""
+    head, equals, _ = word.partition("=")
+    name = head.rpartition(":")[0] if equals else word
+    assignments = word[len(name) + 1 :]
+    # One loss with a weight is a sum as well, but here a flag was forgotten.
+    if not name or (":" in name and "+" not in name):
+        raise ConfigError(f"--losses {word}: {_FORM}")
     found: dict[str, Any] = {}
     for text in assignments.split(",") if assignments else []:
         flag, equals, value = text.partition("=")
         if not (flag and equals):
-            raise ConfigError(f"--losses {word}: expected NAME:FLAG=VALUE,FLAG=VALUE, for example dpo:beta=0.5.")
-        found[flag.replace("-", "_")] = parse_value(algorithms.get(name), flag, value)
-    return found
+            raise ConfigError(f"--losses {word}: {_FORM}")
+        found[flag.replace("-", "_")] = parse_value(find_algorithm(name), flag, value)
+    return name, found
 
 
 def _claim(output: Path, overwrite: bool) -> None:

@@ -9,15 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App
+from cyclopts import App, Group
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import losses
+from losses.registry import Loss
 from losses.suggestions import suggest_option
 from prefopt import algorithms
 from prefopt.cell import CellResult, run_cell
+from prefopt.cli import catalogue
 from prefopt.cli.flags import (
     Flag,
     build_options,
@@ -27,8 +29,10 @@ from prefopt.cli.flags import (
     import_paths,
     make_command,
     option_flags,
+    option_values,
     parameter_defaults,
 )
+from prefopt.cli.lookup import find_algorithm
 from prefopt.compare import differences, environment
 from prefopt.data.report import DataReport, render, render_plain
 from prefopt.errors import ConfigError, OutputError
@@ -42,42 +46,65 @@ from prefopt.tasks import build_task, prepare_process
 CONFIG_FILE, RESULT_FILE, POLICY_FOLDER = "config.json", "result.json", "policy"
 # A run by hand is worth resuming; a comparison's cells are short and many.
 SAVE_EVERY = 50
-_RUN = "Run"
+_RUN, _LOSS = "Run", "--loss"
+_HELP = (
+    "Train one algorithm and measure the policy. ALGO is a loss or a weighted sum of losses: `prefopt train dpo`, `prefopt "
+    "train dpo:1.0+sft:0.2`, or the same as `--loss`. `prefopt train ALGO --help` lists its flags."
+)
 
 
 def build(tokens: Sequence[str]) -> App:
-    """`train` with a sub-command for every trainable loss, those of `--import` included.
+    """`train` with a sub-command for every trainable loss, those of `--import` included, or with the loss of `--loss`.
 
     Raises:
-        ConfigError: an algorithm that does not exist or cannot be trained alone.
+        ConfigError: an algorithm that does not exist or cannot be trained alone; none, or more than one.
     """
     algorithms.import_files(import_paths(tokens))
-    known = algorithms.trainable_names()
+    app = App("train", version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext", help=_HELP)
     asked = _asked(tokens)
-    if asked and asked not in known:
-        algorithms.get(asked)  # raises, with a suggestion
-    app = App("train", version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext")
-    for name in known:
-        app.command(_command(algorithms.get(name)), name=name, help=_about(losses.get(name).doc))
+    algorithm = find_algorithm(asked) if asked else None
+    if algorithm is not None and asked in option_values(tokens, _LOSS):
+        app.help = _about(algorithm.loss)
+        app.default(_command(algorithm, [Flag("loss", str, "", "The loss, or a weighted sum of losses.", _RUN)]))
+        return app
+    families = catalogue.by_family(map(losses.get, algorithms.trainable_names()))
+    for index, (family, members) in enumerate(families.items()):
+        group = Group(family.capitalize(), sort_key=index)
+        for loss in members:
+            if loss.name != asked:
+                app.command(App(loss.name, help=catalogue.equation(loss), version_flags=(), group=group))
+    if algorithm is not None:
+        app.command(_command(algorithm), name=asked, help=_about(algorithm.loss))
     return app
 
 
 def _asked(tokens: Sequence[str]) -> str:
-    """The word after `train`."""
+    """The word after `train`, or that of `--loss`; "" where help is all that is wanted.
+
+    Raises:
+        ConfigError: none, or several.
+    """
     following = tokens[tokens.index("train") + 1 :]
-    return following[0] if following and not following[0].startswith("-") else ""
+    asked = [token for token in following[:1] if not token.startswith("-")] + option_values(following, _LOSS)
+    if len(asked) > 1:
+        raise ConfigError(
+            f"train takes one loss, got {' and '.join(asked)}. Their sum is one: {'+'.join(asked)}. To see them side by side: "
+            f"prefopt compare {' '.join(asked)}."
+        )
+    if following and not asked and not {"--help", "-h"} & {*following}:
+        raise ConfigError("name the loss first: prefopt train LOSS, or --loss LOSS. `prefopt losses` lists them.")
+    return asked[0] if asked else ""
 
 
-def _about(doc: str) -> str:
-    """A loss's docstring up to its sections, since arguments are flags; a paragraph is one line, which help wraps."""
-    text = doc.partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+def _about(loss: Loss) -> str:
+    """A loss's docstring without arguments, which are flags, and errors; a paragraph is one line, which help wraps."""
+    return "\n\n".join([catalogue.equation(loss), *catalogue.paragraphs(loss.doc, without=("Args", "Raises"))])
 
 
 def explain_unknown(tokens: Sequence[str], option: str) -> str:
     """What to do about an option that the algorithm named in `tokens` does not have."""
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    algorithm = algorithms.get(_asked(tokens))
+    algorithm = find_algorithm(_asked(tokens))
     hint = suggest_option(name, [flag.name for flag in (*hyper_flags(algorithm), *_run_flags(), *option_flags())])
     return (
         f"{algorithm.name} has no option {option.partition('=')[0]}{hint}. `prefopt train {algorithm.name} --help` lists them."
@@ -94,8 +121,8 @@ def _run_flags() -> list[Flag]:
     ]
 
 
-def _command(algorithm: algorithms.Algorithm) -> Any:
-    flags = [*hyper_flags(algorithm), *_run_flags(), *option_flags(save_every=SAVE_EVERY)]
+def _command(algorithm: algorithms.Algorithm, more: Sequence[Flag] = ()) -> Any:
+    flags = [*hyper_flags(algorithm), *more, *_run_flags(), *option_flags(save_every=SAVE_EVERY)]
 
     def run(
         *,
