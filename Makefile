@@ -11,7 +11,7 @@ CHECKED := losses prefopt tests benchmarks docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-gpu lint format readme bench bench-exact bench-hh bench-speed clean
+.PHONY: help setup test test-slow test-gpu lint format readme docs bench bench-exact bench-hh bench-speed bench-mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ format: $(STAMP) ## rewrite files in the project's format
 readme: $(STAMP) ## bring the README's table of losses and layout up to date
 	$(BIN)/python docs/readme.py
 
+docs: $(STAMP) ## build docs/losses.md: every loss whole
+	$(BIN)/python docs/loss_page.py
+
 bench: $(STAMP) ## the numbers of the README: the exact world, and HH with HH=folder
 	$(BIN)/python -m benchmarks.quick --model $(MODEL) $(if $(HH),--hh $(HH))
 
@@ -66,6 +69,16 @@ bench-speed: $(STAMP) ## steps, starts and sampling beside TRL and the machine's
 	done; \
 	$(BIN)/python -m benchmarks.scaling --json runs/speed/scaling.json || failed="$$failed scaling"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+bench-mutants: $(STAMP) ## would the loss tests notice a slip in losses/? 200 small changes, of which 95% must be killed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants --json runs/mutants.json
+
+.PHONY: bench-zoo bench-zoo-tune
+bench-zoo: $(STAMP) ## every offline loss in the exact world; QUICK=1 is a part of it, FIGURES=folder draws
+	$(BIN)/python -m benchmarks.zoo $(if $(QUICK),--quick) $(if $(FIGURES),--figures $(FIGURES))
+
+bench-zoo-tune: $(STAMP) ## tune the losses of bench-zoo whose sweep is new or has changed
+	$(BIN)/python -m benchmarks.zoo --tune
 
 clean: ## remove caches; .venv and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -190,7 +190,7 @@ def measure_steps(
         loss: with its hyper-parameters.
         examples: a multiple of `batch_size`, at least two steps.
         batch_size: prompts of an update.
-        kind: of the stream: "pairs" or "groups".
+        kind: of the stream that the loss calls for, as `OfflineStream` takes it.
         micro_batch_tokens: packed tokens of one forward pass.
         calibration: see `MeasuredStream`.
         around: see `MeasuredStream`; index 0 is the first step after the warm-up.
@@ -198,7 +198,7 @@ def measure_steps(
     keep_freed_memory()  # as `prefopt train` does
     budget = Budget(batch_size, micro_batch_tokens=micro_batch_tokens)
     cache = ReferenceCache(start_reference(policy), micro_batch_tokens=micro_batch_tokens)
-    stream = OfflineStream(examples, kind=kind, budget=budget, reference=cache, dtype=policy.dtype)
+    stream = OfflineStream(examples, kind=kind, budget=budget, needs=loss.needs, reference=cache, dtype=policy.dtype)
 
     def after_warmup(index: int) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if around is None or index < _FIRST_STEP else around(index - _FIRST_STEP)

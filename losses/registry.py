@@ -267,7 +267,9 @@ def _common(name: str, terms: Mapping[str, Any], what: str, found: Mapping[str, 
     values = list(said.values())
     if any(value != values[0] for value in values):
         shown = ", ".join(f"{term}: {getattr(value, '__name__', value)}" for term, value in said.items())
-        raise RegistrationError(f"loss {name!r}: its terms name different {what} ({shown}); pass one to compose.")
+        raise RegistrationError(
+            f"loss {name!r}: its terms name different {what} ({shown}); pass one to compose, or leave a term out."
+        )
     return values[0] if values else None
 
 
@@ -286,7 +288,9 @@ def get(name: str) -> Loss:
         return _sum(name, terms, None, None, f"L = {equation}, each term with its own denominator.", True)
     ours = PEER_NAMES.get(name.lower())
     hint = f" (peers' {name!r} is {ours!r} here)" if ours in _LOSSES else suggest(name, _LOSSES)
-    raise UnknownName(f"unknown algorithm {name!r}{hint}. Known: {', '.join(names())}.")
+    raise UnknownName(
+        f"unknown algorithm {name!r}{hint}." if hint else f"unknown algorithm {name!r}. Known: {', '.join(names())}."
+    )
 
 
 def _read_sum(text: str) -> dict[str, float]:

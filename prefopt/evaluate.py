@@ -29,8 +29,8 @@ def measure_pairs(
     """Accuracy and margins of implicit rewards on held-out pairs: diagnostics, not results.
 
     Args:
-        loss: the algorithm's own; its `rewards/accuracies` is the algorithm's own score. None, or a loss on rollouts, which
-            scores no pairs, leaves that column out.
+        loss: the algorithm's own; its `rewards/accuracies` is the algorithm's own score. None, or a loss that a pair by itself
+            does not determine (on rollouts, lists or labelled completions), leaves that column out.
 
     Returns:
         `accuracy` and `margin` by the common log-ratio sum, `own_accuracy` by the algorithm's score, and the mean log-ratio
@@ -39,8 +39,8 @@ def measure_pairs(
     budget = Budget(batch_size=len(pairs), micro_batch_tokens=micro_batch_tokens, epochs=1.0)
     (micro_batches,) = OfflineStream(pairs, kind="pairs", budget=budget, reference=reference, dtype=policy.dtype)
     names = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
-    scores_pairs = loss is not None and not any(VOCABULARY[name].source in ("old", "rollout") for name in loss.needs)
-    needs = set(names) | (loss.needs | loss.optional if loss is not None and scores_pairs else set())
+    own = loss if loss is not None and _follows_from_pairs(loss) else None
+    needs = {*names, *(own.needs | own.optional if own is not None else ())}
     meter = Meter()
     for batch in micro_batches:
         from_policy = {name for name in needs if VOCABULARY[name].source == "policy"}
@@ -56,11 +56,17 @@ def measure_pairs(
         meter.add("margin", (chosen - rejected, ones))
         meter.add("chosen_log_ratio", (chosen, ones))
         meter.add("rejected_log_ratio", (rejected, ones))
-        if loss is not None and scores_pairs:
-            for output in loss(tensors).values():
+        if own is not None:
+            for output in own(tensors).values():
                 if "rewards/accuracies" in output.metrics:
                     meter.add("own_accuracy", output.metrics["rewards/accuracies"])
     return meter.read(SingleProcess())
+
+
+def _follows_from_pairs(loss: BoundLoss) -> bool:
+    """True when all that a loss needs is known of a pair by itself: no rollout, no other completion, no earlier step."""
+    specs = [VOCABULARY[name] for name in loss.needs]
+    return all({*spec.shape} <= {*"PT"} and spec.source not in ("old", "rollout", "state") for spec in specs)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ nothing.
   evenly over the tokens. For a loss on sums this is its plain derivative: -beta*sigmoid(-margin)/P on chosen for DPO.
 - Cosines are taken between the g themselves, over all scored tokens of the data set.
 - A coupled loss sees one batch at a time, as in training it sees one update's rows.
+- What a loss detaches (WPO's weight, BCO's shift) has no part in g, as it has none in training.
 """
 
 from __future__ import annotations
@@ -208,6 +209,9 @@ def why_not(loss: BoundLoss) -> str:
     rollout = sorted(name for name in loss.needs if VOCABULARY[name].source in ("old", "rollout"))
     if rollout:
         return f"needs rollouts ({', '.join(rollout)})"
+    mismatched = sorted(name for name in loss.needs if "M" in VOCABULARY[name].shape)
+    if mismatched:
+        return f"needs completions of other prompts ({', '.join(mismatched)}), which pairs alone do not have"
     foreign = sorted(
         name for name in loss.needs if VOCABULARY[name].source == "policy" and not name.endswith("logps") and not is_leaf(name)
     )

@@ -61,7 +61,7 @@ def pair_batches(
                 for field, name in fields.items()
                 if name in known
             }
-            step.append(pack(part, roles=_every_role, rows=rows, data={**data, **_pair_labels(len(part), dtype)}, dtype=dtype))
+            step.append(pack(part, roles=_every_role, rows=rows, data={**data, **_pair_labels(len(part))}, dtype=dtype))
         yield step
 
 
@@ -95,12 +95,11 @@ def _every_role(examples: Sequence[Example]) -> Mapping[str, Tensor]:
     return {**pair_roles(examples), **flat_roles(examples), **group_roles(examples)}
 
 
-def _pair_labels(count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _pair_labels(count: int) -> dict[str, Tensor]:
     """What the order of a pair says to losses on single completions and on groups."""
     return {
         "desirable": torch.tensor([True, False]).repeat(count),
         "ranks": torch.tensor([[0, 1]]).repeat(count, 1),
-        "group_mask": torch.ones(count, 2, dtype=dtype),
     }
 
 

@@ -131,8 +131,18 @@ def test_an_unknown_algorithm_and_a_peers_name(cli: Any, tmp_path: Path, command
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_only_a_part_of_others(cli: Any) -> None:
-    refused(cli("train", "value", "--output-dir", "unused"), "'value' cannot be trained alone")
+@pytest.mark.usefixtures("new_losses")
+def test_a_loss_whose_tensors_nothing_provides(cli: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from losses import LossOutput, register\n"
+        "from torch import Tensor\n"
+        "@register('adrift')\n"
+        "def adrift_loss(policy_token_logps: Tensor, advantages: Tensor, mask: Tensor) -> LossOutput:\n"
+        "    return LossOutput(-advantages * policy_token_logps, mask)\n"
+    )
+    answer = cli("train", "adrift", "--import", mine, "--output-dir", tmp_path / "unused")
+    refused(answer, "'adrift' cannot be trained alone: it needs advantages, but names no advantage function")
 
 
 def test_unknown_options(cli: Any) -> None:

@@ -12,13 +12,15 @@ import transformers
 from scipy.stats import binomtest, norm, pearsonr
 from torch import Tensor
 
+import losses
 from prefopt import algorithms
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example
 from prefopt.evaluate import Samples, correlation, measure_pairs, sample_and_measure, wilson_interval
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy, head_names
 from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA
+from prefopt.packing import flat_roles, pack
 from prefopt.reference import ReferenceCache
 
 WORLD = ExactWorld(WorldConfig.tabular())
@@ -197,6 +199,43 @@ def test_losses_that_score_no_pairs_have_no_score_of_their_own() -> None:
     assert "own_accuracy" not in common
     for name in ("ppo", "sft"):
         assert measure_pairs(policy, cache, pairs(), algorithms.get(name).setting().loss, 1000) == common
+
+
+# Of every stream one loss or more; True where the loss gives each pair a score.
+OWN_SCORE = {
+    "wpo": True, "tdpo": True, "aot": True, "bradley_terry": True, "sft": False, "kto": False, "bco": False, "pl_dpo": False,
+    "plackett_luce": False, "entropy": False, "value": False, "grpo": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_SCORE)
+def test_a_loss_of_any_stream_lets_pairs_be_measured(name: str) -> None:
+    """The common columns are those of no loss; accuracies of one's own are shares of the twelve pairs, ties counted half."""
+    loss = losses.get(name).bind()
+    policy, reference = build_policy(build_model(0), WORLD.tokenizer, heads=head_names(loss.needs))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double())
+    cache = ReferenceCache(reference)
+    found = measure_pairs(policy, cache, pairs(), loss, 100_000)
+    own = found.pop("own_accuracy", None)
+    assert found == measure_pairs(policy, cache, pairs(), None, 100_000)
+    assert (own is not None) == OWN_SCORE[name]
+    if own is not None:
+        assert 0 < own < 1
+        assert 24 * own == pytest.approx(round(24 * own))
+
+
+def test_the_own_score_of_a_reward_model_is_that_of_its_head() -> None:
+    policy, reference = build_policy(build_model(0), WORLD.tokenizer, heads=("reward",))
+    head: Any = policy.heads["reward"]
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+    found = measure_pairs(policy, ReferenceCache(reference), pairs(), losses.get("bradley_terry").bind(), 1000)
+    alone = [Example(pair.id, pair.prompt_ids, (ids,)) for pair in pairs() for ids in pair.completion_ids]
+    rewards = policy.rows(pack(alone, roles=flat_roles), ["rewards"])["rewards"].view(-1, 2)
+    assert found["own_accuracy"] == pytest.approx(float((rewards[:, 0] > rewards[:, 1]).double().mean()))
+    assert 0 < found["own_accuracy"] < 1
+    assert found["accuracy"] == 0.5, "the backbone is still the reference"
 
 
 def test_ties_count_half() -> None:

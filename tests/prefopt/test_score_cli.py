@@ -184,7 +184,7 @@ def test_words_become_losses_with_their_values() -> None:
         (["dpo:beta=high"], 'unable to convert "high"'),
         (["dpo", "dpo"], "'dpo' is named twice"),
         (["dpo:label_smoothing=0.9"], "label_smoothing is 0.9"),
-        (["dop:beta=1"], "did you mean 'dpo'?"),
+        (["dpoo:beta=1"], "did you mean 'dpo'?"),
     ],
 )
 def test_a_wrong_word_says_what_is_right(words: list[str], message: str) -> None:
@@ -194,7 +194,7 @@ def test_a_wrong_word_says_what_is_right(words: list[str], message: str) -> None
 
 
 def test_refusals_say_what_to_do(cli: Any, text: tuple[Any, ...], tmp_path: Path) -> None:
-    assert "did you mean 'dpo'?" in cli("score", "--losses", "dop").err
+    assert "did you mean 'dpo'?" in cli("score", "--losses", "dpoo").err
     assert "needs rollouts" in cli("score", "--losses", "ppo", *text).err
     assert "set by --losses NAME:FLAG=VALUE" in cli("score", "--beta", 0.5).err
     assert "no such folder" in cli("score", "--policy", tmp_path / "none").err
