@@ -36,7 +36,7 @@ def f_dpo_loss(
         beta: strength against the reference; raising it keeps the policy nearer to it.
         divergence: "reverse_kl" is DPO; "forward_kl": a chosen completion earns at most 1, so its margin saturates; "js":
             it earns at most log 2; "alpha" lies between reverse (alpha to 1) and forward KL (alpha 0).
-        alpha: of the alpha divergence; unused by the others.
+        alpha: of the alpha divergence; unused by the others. The paper's alpha is 1 minus this one, which is TRL's.
 
     Raises:
         ValueError: an unknown divergence.

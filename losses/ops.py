@@ -55,10 +55,9 @@ def log1mexp(x: Tensor) -> Tensor:
     """
     x = x.clamp(max=-MIN_NEGATIVE)
     near = x > -math.log(2)
-    # Both branches are evaluated, and a NaN of the one not taken would reach the gradient: each gets numbers it can take.
-    from_expm1 = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    # The branch not taken still sends its gradient, times 0: near 0 exp(x) rounds to 1 in bf16, and log1p(-1) has none.
     from_log1p = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
-    return torch.where(near, from_expm1, from_log1p)
+    return torch.where(near, torch.log(-torch.expm1(x)), from_log1p)
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:

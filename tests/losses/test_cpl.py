@@ -22,15 +22,31 @@ def segments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_cpl_closed_form() -> None:
-    """alpha 0.5, bias 0.5, gamma 0.5; chosen steps (-1, -2), rejected (-4, masked).
+    """alpha 0.5, bias 0.25, gamma 0.75; chosen steps (-1, -4), rejected (-6, masked).
 
-    S_w = 0.5*(-1 - 0.5*2) = -1, S_l = 0.5*(-4) = -2, argument S_w - 0.5 S_l = 0: log 2.
+    S_w = 0.5*(-1 - 0.75*4) = -2, S_l = 0.5*(-6) = -3, argument S_w - 0.25 S_l = -1.25.
     """
-    chosen, rejected = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-4.0, 0.0]])
+    chosen, rejected = torch.tensor([[-1.0, -4.0]]), torch.tensor([[-6.0, 9.0]])
     masks = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]])
-    out = cpl_loss(chosen, rejected, *masks, alpha=0.5, bias=0.5, gamma=0.5)
-    assert out.loss.item() == pytest.approx(math.log(2))
-    assert out.metrics["rewards/margins"][0].item() == 1.0
+    out = cpl_loss(chosen, rejected, *masks, alpha=0.5, bias=0.25, gamma=0.75)
+    assert out.loss.item() == pytest.approx(math.log(1 + math.exp(1.25)))
+    assert {key: values.item() for key, (values, _) in out.metrics.items()} == {
+        "rewards/chosen": -2.0, "rewards/rejected": -3.0, "rewards/margins": 1.0, "rewards/accuracies": 1.0,
+    }  # fmt: skip
+
+
+def test_cpl_defaults() -> None:
+    assert get("cpl").bind().hyper == {"alpha": 0.1, "bias": 0.5, "gamma": 1.0}
+    assert get("cpl_bc").bind().hyper == {"alpha": 0.1, "bias": 0.5, "gamma": 1.0, "bc_coef": 1.5}
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_cpl_discount_weighs_the_gradient_of_each_step(gamma: float) -> None:
+    """gamma^t, of which 0 leaves the first step alone."""
+    chosen = torch.full((1, 3), -1.0, requires_grad=True)
+    cpl_loss(chosen, torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3), gamma=gamma).loss.sum().backward()
+    assert chosen.grad is not None
+    assert (chosen.grad / chosen.grad[0, 0]).tolist() == [[1.0, gamma, gamma**2]]
 
 
 def test_cpl_gradcheck_and_signs(segments: tuple[Tensor, ...]) -> None:

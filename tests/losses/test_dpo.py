@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from losses import LossOutput, dpo_loss
+from losses import LossOutput, dpo_loss, get
 
 
 def pair(margin: float | Tensor, **options: float | Tensor) -> LossOutput:
@@ -27,6 +27,10 @@ def test_dpo_closed_form() -> None:
     assert out.mean().item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-12)
     rewards = {key: values.item() for key, (values, _) in out.metrics.items()}
     assert rewards == {"rewards/chosen": 0.5, "rewards/rejected": -0.5, "rewards/margins": 1.0, "rewards/accuracies": 1.0}
+
+
+def test_dpo_defaults() -> None:
+    assert {flag: hyper.default for flag, hyper in get("dpo").hyper.items()} == {"beta": 0.1, "label_smoothing": 0.0}
 
 
 def test_dpo_is_log_2_when_the_policy_is_the_reference() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from losses import LossOutput, ipo_loss
+from losses import LossOutput, get, ipo_loss
 
 
 def at(margin: float | Tensor, **options: object) -> LossOutput:
@@ -29,6 +29,10 @@ def test_ipo_closed_form_with_averages_and_sums() -> None:
     assert averaged.loss.item() == 1.0
     assert averaged.metrics["rewards/margins"][0].item() == 1.0
     assert ipo_loss(*tensors, tau=0.5, average_log_prob=False).loss.item() == 16.0
+
+
+def test_ipo_defaults() -> None:
+    assert {flag: hyper.default for flag, hyper in get("ipo").hyper.items()} == {"tau": 0.1, "average_log_prob": True}
 
 
 @given(st.floats(0.01, 5))
