@@ -23,8 +23,6 @@ def plackett_luce_nll(scores: Tensor, ranks: Tensor, mask: Tensor) -> tuple[Tens
     valid = mask.bool()
     scores = torch.where(valid, scores, torch.zeros_like(scores))
     rivals = (ranks[:, None, :] >= ranks[:, :, None]) & valid[:, None, :]  # [G, K, K]: row k holds k's rivals and k itself
-    # An invalid item has no rival; itself keeps its row finite.
-    rivals = rivals | torch.eye(ranks.shape[-1], dtype=torch.bool, device=ranks.device)
     log_total = torch.where(rivals, scores[:, None, :], _ABSENT).logsumexp(-1)
     nll = torch.where(valid, log_total - scores, torch.zeros_like(scores)).sum(-1)
     return nll, (valid.sum(-1) >= 2).to(nll.dtype)

@@ -140,7 +140,7 @@ def leave_one_out(
         rewards: reward of each token, KL penalty included.
         mask: 1 on scored tokens.
         group_ids: which prompt a sequence belongs to.
-        normalise: shift and scale the advantages of all sequences to mean 0 and standard deviation 1, as TRL's option.
+        normalise: scale the advantages of all sequences to standard deviation 1, as TRL's option.
 
     Returns:
         `advantages`, [N, T], 0 where the mask is 0.
@@ -154,7 +154,7 @@ def leave_one_out(
         raise ValueError("leave_one_out: a prompt has 1 sample, expected 2 or more; raise samples_per_prompt.")
     advantages = count / (count - 1) * (total - mean)
     if normalise:
-        advantages = (advantages - advantages.mean()) / (_std(advantages) + STD_OFFSET)
+        advantages = advantages / (_std(advantages) + STD_OFFSET)  # their mean is 0 already
     return {"advantages": _on_tokens(advantages, mask)}
 
 

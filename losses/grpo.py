@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from losses._surrogate import clipped_tokens, normalise, token_log_ratio
@@ -39,7 +40,8 @@ def grpo_loss(
     """
     log_ratio = token_log_ratio(policy_token_logps, old_token_logps, mask)
     token_loss, metrics = clipped_tokens(log_ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high, owner="grpo_loss")
-    kl = kl_k3(policy_token_logps, reference_token_logps.detach())
+    reference_log_ratio = token_log_ratio(policy_token_logps, reference_token_logps, mask)
+    kl = kl_k3(reference_log_ratio, torch.zeros_like(reference_log_ratio))
     metrics["kl/ref"] = (kl.detach(), mask.to(kl.dtype))
     return normalise(token_loss + beta * kl, mask, "seq_mean", metrics, owner="grpo_loss")
 

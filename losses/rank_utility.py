@@ -46,7 +46,7 @@ def rank_utility_loss(
         bounded: rewards pass through a sigmoid, as in the paper; without it, log_sigmoid is `pairwise_ranking`.
 
     Raises:
-        ValueError: an unknown utility, or several without `utility_ids`.
+        ValueError: an unknown utility, or several without `utility_ids` that pick among them.
     """
     chosen = utility.split(",")
     unknown = [name for name in chosen if name not in UTILITIES]
@@ -54,6 +54,10 @@ def rank_utility_loss(
         raise ValueError(f"rank_utility_loss: unknown utility {unknown[0]!r}; expected {', '.join(UTILITIES)}.")
     if len(chosen) > 1 and utility_ids is None:
         raise ValueError(f"rank_utility_loss: utility {utility!r} names {len(chosen)}; give utility_ids, or name one.")
+    if len(chosen) > 1 and utility_ids is not None and int(utility_ids.max()) >= len(chosen):
+        raise ValueError(
+            f"rank_utility_loss: utility_ids go up to {int(utility_ids.max())}, but utility {utility!r} names {len(chosen)}."
+        )
     rewards = torch.sigmoid(group_rewards) if bounded else group_rewards
     difference, better = pair_differences(rewards, ranks, group_mask)
     values = _utility(chosen[0], difference)

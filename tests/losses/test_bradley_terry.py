@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from losses import bradley_terry_loss
+from losses import bradley_terry_loss, get
 
 
 def tensor(*values: float) -> Tensor:
@@ -57,3 +57,27 @@ def test_bradley_terry_gradcheck_and_sign() -> None:
     assert chosen.grad is not None
     assert (chosen.grad < 0).all()
     torch.testing.assert_close(rejected.grad, -chosen.grad)
+
+
+def test_bradley_terry_soft_labels_and_margins_together() -> None:
+    """x = 1.5 - 0.25, m = 0.5, p = 0.7: -0.7 log sigma(0.75) - 0.3 log sigma(-1.75); rewards do not hold the margin."""
+    out = bradley_terry_loss(tensor(1.5), tensor(0.25), tensor(0.5), tensor(0.7))
+    expected = 0.7 * math.log1p(math.exp(-0.75)) + 0.3 * math.log1p(math.exp(1.75))
+    assert out.mean().item() == pytest.approx(expected)
+    rewards = {key: values.item() for key, (values, _) in out.metrics.items()}
+    assert rewards == {"rewards/chosen": 1.5, "rewards/rejected": 0.25, "rewards/margins": 1.25, "rewards/accuracies": 1.0}
+
+
+def test_bradley_terry_is_not_centred_by_default_and_a_mean_over_pairs() -> None:
+    assert get("bradley_terry").bind().hyper == {"center_coef": 0.0}
+    out = bradley_terry_loss(tensor(5.0, 3.0), tensor(5.0, 2.0))
+    assert out.mean().item() == pytest.approx((math.log(2) + math.log1p(math.exp(-1))) / 2)
+
+
+def test_bradley_terry_centring_pulls_the_sum_of_rewards_to_0() -> None:
+    """Gradients -sigma(-x) + 2c(r_w + r_l) and sigma(-x) + 2c(r_w + r_l)."""
+    chosen, rejected = tensor(2.0).requires_grad_(), tensor(1.0).requires_grad_()
+    bradley_terry_loss(chosen, rejected, center_coef=1.0).mean().backward()
+    share = 1 / (1 + math.e)
+    torch.testing.assert_close(chosen.grad, tensor(6 - share))
+    torch.testing.assert_close(rejected.grad, tensor(6 + share))

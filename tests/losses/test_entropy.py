@@ -21,3 +21,4 @@ def test_entropy_gradient_raises_it() -> None:
     assert gradcheck(lambda h: entropy_loss(h, mask).mean(), entropies)
     entropy_loss(entropies, mask).mean().backward()
     torch.testing.assert_close(entropies.grad, -mask / 3)
+    assert not any(part.requires_grad for part in entropy_loss(entropies, mask).metrics["entropy"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from losses import ppo_offline_loss, ppo_policy_loss
+from losses import get, ppo_offline_loss, ppo_policy_loss
 
 
 @pytest.fixture
@@ -104,3 +104,56 @@ def test_ppo_offline_gradcheck(pairs: dict[str, Tensor]) -> None:
 def test_ppo_offline_errors(pairs: dict[str, Tensor], options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ppo_offline_loss(**pairs, **options)
+
+
+def test_ppo_offline_declaration_and_a_limit_of_lengths(pairs: dict[str, Tensor]) -> None:
+    """Both sides weigh the same by default; "constant" divides by the limit, over the 2P completions."""
+    assert get("ppo_offline").bind().hyper == {
+        "advantage": "label", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "length_norm": "seq_mean",
+    }  # fmt: skip
+    constant = ppo_offline_loss(**pairs, max_completion_length=torch.tensor(8.0), length_norm="constant")
+    torch.testing.assert_close(constant.loss, ppo_offline_loss(**pairs, length_norm="seq_sum").loss / 8)
+
+
+def test_ppo_offline_clips_low_and_high_apart() -> None:
+    """Ratios 1.5 and 0.5 with clips [0.7, 1.1]: -1.1 and 0.7; a rejected ratio of 3 counts at most a dual clip of 2."""
+    chosen, rejected = torch.tensor([[1.5], [1.0]]).double().log(), torch.tensor([[0.5], [3.0]]).double().log()
+    zero, ones = torch.zeros(2, 1), torch.ones(2, 1)
+    out = ppo_offline_loss(chosen, rejected, zero, zero, ones, ones, clip_low=0.3, clip_high=0.1, dual_clip=2.0)
+    assert out.loss.tolist() == pytest.approx([-1.1, -1.0, 0.7, 2.0])
+
+
+def test_ppo_offline_rewards_are_sums_of_log_ratios_and_the_reference_receives_no_gradient(pairs: dict[str, Tensor]) -> None:
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in pairs.items() if name.startswith("reference")}
+    out = ppo_offline_loss(
+        **{**pairs, **leaves, "policy_chosen_token_logps": pairs["policy_chosen_token_logps"].requires_grad_()}
+    )
+    assert torch.autograd.grad(out.mean(), list(leaves.values()), allow_unused=True) == (None, None)
+    for side in ("chosen", "rejected"):
+        ratio = (pairs[f"policy_{side}_token_logps"] - pairs[f"reference_{side}_token_logps"]) * pairs[f"{side}_mask"]
+        torch.testing.assert_close(out.metrics[f"rewards/{side}"][0], ratio.sum(-1).detach())  # type: ignore[index]
+
+
+def test_ppo_offline_padding_may_hold_anything(pairs: dict[str, Tensor]) -> None:
+    """Not even NaN of the reference there reaches the objective or its metrics, which are means over unmasked tokens."""
+    dirty = dict(pairs)
+    for side in ("chosen", "rejected"):
+        name = f"reference_{side}_token_logps"
+        dirty[name] = torch.where(pairs[f"{side}_mask"].bool(), pairs[name], math.nan)
+    out, clean = ppo_offline_loss(**dirty), ppo_offline_loss(**pairs)
+    torch.testing.assert_close(out.mean(), clean.mean())
+    log_ratio = both(pairs, "policy_{}_token_logps") - both(pairs, "reference_{}_token_logps")
+    k3 = (log_ratio.exp() - 1 - log_ratio)[both(pairs, "{}_mask").bool()]
+    for values, weight in (out.metrics["approx_kl"], clean.metrics["approx_kl"]):  # type: ignore[misc]
+        assert ((values * weight).sum() / weight.sum()).item() == pytest.approx(k3.mean().item())
+
+
+@pytest.mark.parametrize("given", ["chosen_scores", "rejected_scores"])
+def test_ppo_offline_needs_the_scores_of_both_sides(pairs: dict[str, Tensor], given: str) -> None:
+    with pytest.raises(ValueError, match="advantage='score' needs chosen_scores and rejected_scores; or use 'label'"):
+        ppo_offline_loss(**pairs, **{given: torch.ones(3)}, advantage="score")
+
+
+def test_ppo_offline_errors_of_the_clip_name_it(pairs: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"^ppo_offline_loss: clip_low and clip_high must be at least 0, got -1.0 and 0.2"):
+        ppo_offline_loss(**pairs, clip_low=-1.0)

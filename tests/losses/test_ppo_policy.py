@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from losses import LossOutput, Max, ppo_policy_loss
+from losses import LossOutput, Max, get, ppo_policy_loss
+from losses.advantages import discounted_returns
 from losses.ops import MAX_LOG_RATIO
 
 LENGTH_NORMS = ("token", "seq_mean", "seq_sum", "constant")
@@ -151,3 +152,34 @@ def test_ppo_policy_metrics() -> None:
 def test_ppo_policy_options_out_of_range_are_errors(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ppo_policy_loss(*torch.zeros(4, 1, 1), **options)
+
+
+def test_ppo_policy_declaration() -> None:
+    """By itself it trains on rewards to go; no dual clip and token means unless asked for."""
+    assert get("ppo_policy").bind().hyper == {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "length_norm": "token"}
+    assert get("ppo_policy").advantage is discounted_returns
+    assert get("ppo_policy").defaults == {}
+
+
+def test_ppo_policy_sends_no_gradient_to_the_sampling_policy_and_advantages(rollout: dict[str, Tensor]) -> None:
+    leaves = [rollout[name].clone().requires_grad_() for name in ("policy_token_logps", "old_token_logps", "advantages")]
+    out = ppo_policy_loss(*leaves, rollout["mask"])
+    gradient, *unused = torch.autograd.grad(out.mean(), leaves, allow_unused=True)
+    assert not gradient[~rollout["mask"].bool()].any()
+    assert unused == [None, None]
+    for metric in out.metrics.values():
+        assert not any(part.requires_grad for part in ([metric.values] if isinstance(metric, Max) else metric))
+
+
+@pytest.mark.parametrize("length_norm", LENGTH_NORMS)
+def test_ppo_policy_padding_may_hold_anything(rollout: dict[str, Tensor], length_norm: str) -> None:
+    """Not even NaN of either policy at masked positions reaches objective or gradient."""
+    mask = rollout["mask"].bool()
+    objectives, gradients = [], []
+    for padding in (0.0, math.nan):
+        dirty = {name: torch.where(mask, rollout[name], padding) for name in ("policy_token_logps", "old_token_logps")}
+        policy = dirty["policy_token_logps"].requires_grad_()
+        objectives.append(ppo_policy_loss(**{**rollout, **dirty}, length_norm=length_norm).mean())
+        gradients.append(torch.autograd.grad(objectives[-1], policy)[0])
+    torch.testing.assert_close(*objectives)
+    torch.testing.assert_close(*gradients)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from losses import value_loss
+from losses import get, value_loss
+from losses.advantages import gae
 
 
 def test_value_closed_form() -> None:
@@ -44,3 +45,29 @@ def test_value_gradcheck() -> None:
 def test_value_negative_clip_is_an_error() -> None:
     with pytest.raises(ValueError, match="value_clip must be at least 0, got -1"):
         value_loss(*torch.zeros(4, 1, 1), value_clip=-1.0)
+
+
+def test_value_is_a_mean_over_unmasked_tokens_with_metrics_of_its_own() -> None:
+    """Old value 1, clip 0.5, return 2. V = 1.4: error 0.36. V = 1.8: the clip leaves 1.5, 0.25. A masked token is left out."""
+    values, old_values = torch.tensor([[1.4, 1.8, 9.0]], dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+    leaves = [values.requires_grad_(), old_values.requires_grad_(), (2 * torch.ones(1, 3).double()).requires_grad_()]
+    out = value_loss(*leaves, torch.tensor([[1, 1, 0]]), value_clip=0.5)
+    assert out.mean().item() == pytest.approx((0.18 + 0.125) / 2)
+    gradient, *unused = torch.autograd.grad(out.mean(), leaves, allow_unused=True)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.3, 0.0, 0.0]], dtype=torch.float64))
+    assert unused == [None, None]
+    reduced = {key: ((value * weight).sum() / weight.sum()).item() for key, (value, weight) in out.metrics.items()}
+    assert reduced == pytest.approx({"value/clip_frac": 0.5, "value/mean": 1.6, "value/error": (0.36 + 0.04) / 2})
+    assert not any(part.requires_grad for metric in out.metrics.values() for part in metric)
+
+
+def test_value_clip_of_0_trusts_old_values_alone() -> None:
+    """The loss is at least that of the old value; only moving away from the return is seen."""
+    values = torch.tensor([[0.5, -0.5]], dtype=torch.float64)
+    loss = value_loss(values, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), value_clip=0.0).loss
+    assert loss.tolist() == [[0.5, 1.125]]
+
+
+def test_value_declaration() -> None:
+    assert get("value").bind().hyper == {"value_clip": 0.2}
+    assert get("value").advantage is gae
