@@ -106,9 +106,10 @@ def run_study(
         ConfigError: no loss has a tuned setting.
     """
     tuned = zoo_tuning.read(options.tuned)
-    left_out = zoo_tuning.missing(zoo, tuned, names)
+    left_out = {name: f"not tuned: {reason}" for name, reason in zoo_tuning.missing(zoo, tuned, names).items()}
+    left_out |= dict.fromkeys(zoo.unswept, "no sweep in zoo.yaml")
     for name, reason in left_out.items():
-        console.print(f"not tuned: left out: {name} ({reason})", highlight=False)
+        console.print(f"left out: {name} ({reason})", highlight=False)
     held = {name: entry for name, entry in zoo_tuning.current(zoo, tuned).items() if name in names}
     if not held:
         raise ConfigError(f"none of the losses asked for has a current setting in {options.tuned}; tune them first: --tune.")
@@ -118,7 +119,7 @@ def run_study(
     report = Report(
         zoo.targets, zoo.primary, blocks(zoo, zoo.everything, chosen, results), blocks(zoo, zoo.headline, chosen, results),
         {world.seed: world for world in worlds},
-        {name: f"not tuned: {reason}" for name, reason in left_out.items()},
+        left_out,
         {name: entry.border for name, entry in held.items()}, zoo.tuning.trials, _facts(results, options),
     )  # fmt: skip
     return report, sum(bool(result.error) for result in results.values())
