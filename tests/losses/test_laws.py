@@ -72,36 +72,6 @@ def test_masks_may_be_boolean_and_lengths_integers(name: str) -> None:
         torch.testing.assert_close(loss(other)[term].mean(), out.mean())
 
 
-@given(seed=st.integers(0, 2**31))
-def test_sampled_tensors_are_consistent(seed: int) -> None:
-    """Shapes, sums, lengths, zeros at padding, ranks: what the vocabulary says of every name."""
-
-    class Everything:
-        needs = frozenset(VOCABULARY)
-        optional: frozenset[str] = frozenset()
-
-    drawn = sample_tensors(Everything(), torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-    sizes: dict[str, int] = {}
-    for name, tensor in drawn.items():
-        spec = VOCABULARY[name]
-        assert tensor.isfinite().all()
-        assert all(sizes.setdefault(letter, size) == size for letter, size in zip(spec.shape, tensor.shape, strict=True)), name
-        token_name = name.removesuffix("logps") + "token_logps"
-        if spec.kind == "logps" and token_name in drawn:
-            torch.testing.assert_close(tensor, drawn[token_name].sum(-1))
-        if spec.kind in ("logps", "token_logps"):
-            assert (tensor <= 0).all()
-    for side in ("chosen_", "rejected_", "", "group_"):
-        mask = drawn[f"{side}mask" if side != "group_" else "group_token_mask"]
-        assert not drawn[f"policy_{side}token_logps"][mask == 0].any()
-        torch.testing.assert_close(drawn[f"{side}lengths"], mask.sum(-1))
-    assert (drawn["lengths"] >= 1).all()
-    for ranks, valid in zip(drawn["ranks"], drawn["group_mask"], strict=True):
-        count = int(valid.sum())
-        assert sorted(ranks[:count].tolist()) == list(range(count))
-    assert 0 < drawn["desirable"].sum() < len(drawn["desirable"])
-
-
 def leaks_padding(policy_token_logps: Tensor, mask: Tensor) -> LossOutput:
     """Divides by the padded length."""
     loss = policy_token_logps.mean(-1)

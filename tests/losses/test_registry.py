@@ -14,6 +14,7 @@ from torch import Tensor
 import losses
 from losses import Coefficient, LossOutput, RegistrationError, UnknownName, compose, get, names, register
 from losses.advantages import gae
+from losses.declaration import HyperParameter
 from losses.sampling import sample_tensors
 
 BUILT_IN = names()
@@ -157,6 +158,42 @@ def test_the_weight_of_a_sum_multiplies_those_it_has_of_its_own() -> None:
         flagged.bind(weight=0.0)
 
 
+def test_the_weight_of_a_term_is_a_flag() -> None:
+    assert get("cpl_bc").hyper["bc_coef"] == HyperParameter(
+        "bc_coef", float, 1.5, "weight of the sft term; 0 removes it and what it needs."
+    )
+
+
+def test_rows_interact_only_where_a_term_says_so() -> None:
+    @register("alone")
+    def alone_loss(policy_logps: Tensor) -> LossOutput:
+        return output(policy_logps)
+
+    @register("together", coupled=True)
+    def together_loss(policy_logps: Tensor) -> LossOutput:
+        return output(policy_logps - policy_logps.mean())
+
+    assert not get("alone").coupled
+    assert get("together").coupled
+    assert compose("sum", alone=1.0, together=1.0).coupled
+    assert [term.coupled for term in get("sum").bind().terms] == [False, True]
+
+
+def test_what_one_term_needs_is_not_optional_in_a_sum() -> None:
+    @register("may")
+    def may_loss(policy_logps: Tensor, margins: Tensor | None = None, desirable: Tensor | None = None) -> LossOutput:
+        return output(policy_logps)
+
+    @register("must")
+    def must_loss(policy_logps: Tensor, margins: Tensor) -> LossOutput:
+        return output(policy_logps)
+
+    assert get("may").bind().optional == {"margins", "desirable"}
+    bound = compose("both", may=1.0, must=1.0).bind()
+    assert bound.needs == {"policy_logps", "margins"}
+    assert bound.optional == {"desirable"}
+
+
 def test_a_sum_is_spelled_by_its_name() -> None:
     """Flags carry the name of the loss that they come from, and coefficients multiply."""
     spelled = get("dpo:1.0+cpl_bc:2+value:1e-1")
@@ -195,7 +232,7 @@ def test_defaults_of_stream_and_advantage_are_inherited_or_must_be_given() -> No
     assert get("grpo").defaults == {"kl_coef": 0.0}
     assert get("dr_grpo").defaults == {"scale": "none"}
     assert compose("grpo_sft", grpo=1.0, sft=1.0, prefix_flags=True).defaults == {"kl_coef": 0.0}
-    with pytest.raises(RegistrationError, match="its terms name different defaults"):
+    with pytest.raises(RegistrationError, match=r"^loss 'mixed': its terms name different defaults"):
         compose("mixed", grpo=1.0, dr_grpo=1.0, prefix_flags=True)
     assert compose("given", grpo=1.0, dr_grpo=1.0, prefix_flags=True, defaults={"scale": "batch"}).defaults == {
         "scale": "batch"
@@ -218,7 +255,8 @@ def test_terms_with_different_advantage_functions_are_refused() -> None:
         return output(-policy_token_logps * advantages)
 
     with pytest.raises(
-        RegistrationError, match=r"different advantage function \(ppo_policy: discounted_returns, generalised: gae\)"
+        RegistrationError,
+        match=r"^loss 'both': .* different advantage function \(ppo_policy: discounted_returns, generalised: gae\)",
     ):
         compose("both", ppo_policy=1.0, generalised=1.0)
     assert compose("chosen", ppo_policy=1.0, generalised=1.0, advantage=gae).advantage is gae
@@ -277,8 +315,3 @@ def test_shapes_that_would_broadcast_are_errors(shape: tuple[int, ...], message:
     tensors["policy_rejected_logps"] = torch.zeros(shape)
     with pytest.raises(ValueError, match=message):
         loss({name: tensors[name] for name in order})
-
-
-def test_loss_and_weight_must_have_one_shape() -> None:
-    with pytest.raises(ValueError, match=r"loss is \[2\], weight is \[2, 1\]"):
-        LossOutput(torch.zeros(2), torch.zeros(2, 1))
