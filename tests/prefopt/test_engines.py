@@ -123,7 +123,7 @@ def test_a_rollout_stream_takes_any_engine_and_syncs_it_before_every_buffer() ->
     heads = head_names(algorithms.get("ppo").setting().loss.needs)
     policy, reference = build_policy(build_model(), WORLD.tokenizer, heads=heads)
     engine = Shouting(Sample((0, 1, EOS), True, None))
-    stream = RolloutStream(workshop(policy, reference), Decoding(3, 0.7), 8, 1, 0.05, 0.0, engine)
+    stream = RolloutStream(workshop(policy, reference), Decoding(3, 0.7), 8, 1, 1, 0.05, 0.0, engine)
     for batches in stream:
         for batch in batches:
             assert batch.mask.sum(-1).tolist() == [3.0] * 4
