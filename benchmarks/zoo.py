@@ -1,8 +1,8 @@
 """Every offline loss in the exactly solvable world: equal tuning, reward at matched KL, and only the order that can be told.
 
     python -m benchmarks.zoo --tune        tunes the losses that have no current setting (benchmarks/zoo_tuned.json), and ends
-    python -m benchmarks.zoo               the full study: all losses in 8 worlds, eight of them under four label models
-    python -m benchmarks.zoo --quick       3 worlds; its cells are taken over by a full run
+    python -m benchmarks.zoo               the full study: all losses in 3 worlds, eight of them in 5 under four label models
+    python -m benchmarks.zoo --quick       3 worlds, Bradley-Terry labels; its cells are taken over by a full run
 
 Writes results.json, README.md (the whole read-out) and block.md (what the project's README shows) to --output-dir. A finished
 cell is kept there, so an interrupted run goes on where it stopped.
