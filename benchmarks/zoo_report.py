@@ -303,8 +303,8 @@ def _method(report: Report) -> str:
     return (
         "Rewards are the hidden reward at a KL of at most the target, along one run's path; KL, reward and regret are exact. "
         f"The end point is the reward at {report.primary:g} nat; the other columns are exploratory. Every loss was tuned with "
-        f"{report.trials} trials outside of these worlds, by its lowest regret (beta 0.5): grids in benchmarks/zoo.yaml, trials in "
-        f"benchmarks/zoo_tuned.json.{starred} "
+        f"{report.trials} trials outside of these worlds, by its lowest regret (beta 0.5): grids in benchmarks/zoo.yaml, "
+        f"trials in benchmarks/zoo_tuned.json.{starred} "
         "`rank` is 1 + the losses that are significantly better, to their number less those significantly worse; losses that "
         f"share a letter under `alike` cannot be told apart (Tukey, 95% over all pairs). {_scale(report, every)} "
         f"Assumed: {'; '.join(ASSUMPTIONS)}."
