@@ -18,7 +18,7 @@ from prefopt.metrics import Meter
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.packing import flat_roles, pack, split_by_tokens
 from prefopt.reference import ReferenceCache
-from prefopt.rollouts import Scorer
+from prefopt.rewards import Scorer
 from prefopt.streams import Budget, OfflineStream
 
 

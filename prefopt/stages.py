@@ -30,7 +30,7 @@ from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.reference import completion_keys
-from prefopt.rollouts import RewardModelScorer
+from prefopt.rewards import RewardModelScorer
 from prefopt.streams import Budget, OfflineStream
 from prefopt.trainer import fit
 

@@ -22,7 +22,7 @@ from prefopt.optimization import Optimization
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import FrontierPoint, Metric
-from prefopt.rollouts import Scorer
+from prefopt.rewards import Scorer
 from prefopt.stages import Stage, reward_model, supervised_start
 from prefopt.streams import Budget
 from prefopt.tasks.protocol import Measured, Shared, Training

@@ -12,7 +12,7 @@ from prefopt.data.report import DataReport
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Baseline, FrontierPoint, Judge, Metric, PromptRow
-from prefopt.rollouts import Scorer
+from prefopt.rewards import Scorer
 from prefopt.stages import Stage
 
 

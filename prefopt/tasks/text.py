@@ -29,7 +29,7 @@ from prefopt.optimization import Optimization
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Baseline, Judge, Metric, PromptRow
-from prefopt.rollouts import RewardModelScorer, Scorer
+from prefopt.rewards import RewardModelScorer, Scorer
 from prefopt.runlog import counter
 from prefopt.stages import Stage, reward_model, supervised_start
 from prefopt.streams import Budget

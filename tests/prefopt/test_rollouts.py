@@ -34,7 +34,8 @@ from prefopt.models.fingerprint import fingerprint
 from prefopt.optimization import Logging, Optimization
 from prefopt.packing import PackedBatch
 from prefopt.reference import ReferenceCache
-from prefopt.rollouts import RewardModelScorer, RolloutStream, Workshop, check_scores, rollouts
+from prefopt.rewards import RewardModelScorer, check_scores
+from prefopt.rollouts import RolloutStream, Workshop, rollouts
 from prefopt.runlog import read_lines
 from prefopt.streams import Budget, OfflineStream, Stream
 from prefopt.trainer import FitResult, fit

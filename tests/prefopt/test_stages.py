@@ -19,7 +19,7 @@ from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.packing import flat_roles, pack
-from prefopt.rollouts import RewardModelScorer
+from prefopt.rewards import RewardModelScorer
 from prefopt.stages import Stage, content_key, examples_key, pair_record, reward_model, supervised_start
 from prefopt.streams import Budget
 

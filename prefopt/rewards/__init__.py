@@ -1,0 +1,7 @@
+"""Rewards: what scores completions. Scorers take text, so that a reward model may have a tokenizer of its own."""
+
+from __future__ import annotations
+
+from prefopt.rewards.scorers import RewardModelScorer, Scorer, as_reply, check_scores
+
+__all__ = ["RewardModelScorer", "Scorer", "as_reply", "check_scores"]
