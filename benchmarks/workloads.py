@@ -160,6 +160,9 @@ class MeasuredStream:
     def metrics(self) -> Mapping[str, Metric]:
         return self._inner.metrics()
 
+    def after_update(self, metrics: Mapping[str, Sequence[Metric]]) -> None:
+        self._inner.after_update(metrics)
+
     def state_dict(self) -> Any:
         return self._inner.state_dict()
 

@@ -1,7 +1,8 @@
 """An algorithm is (stream, advantage function, loss): derived from the loss's signature, never listed.
 
 The stream follows from the tensors that the loss names; the advantage function from its registration; the algorithm's flags
-are the union of the three functions' keyword-only parameters.
+are the union of the three functions' keyword-only parameters. `online_<loss>` is an offline loss whose rows are sampled from the
+policy and ordered by the reward.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from losses.declaration import HyperParameter, RegistrationError, read_options, 
 from losses.registry import BoundLoss, Loss
 from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
-from prefopt.rollouts import rollouts
+from prefopt.rollouts import online, rollouts
+
+ONLINE = "online_"
+"""Before a loss's name (or a sum): its stream is filled with fresh samples of the policy."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,23 @@ class Algorithm:
         loss: the registered loss.
         stream: "pairs", "completions", "labelled", "groups" or "rollouts".
         flags: every hyper-parameter of loss, stream and advantage function, with this algorithm's defaults.
+        online: the stream's rows are sampled from the policy.
     """
 
     name: str
     loss: Loss
     stream: str
     flags: Mapping[str, HyperParameter]
+    online: bool = False
 
     @property
     def on_policy(self) -> bool:
-        return self.stream == "rollouts"
+        return self.online or self.stream == "rollouts"
+
+    @property
+    def data(self) -> str:
+        """What it learns from, for tables."""
+        return f"online {self.stream}" if self.online else self.stream
 
     def setting(self, **hyper: Any) -> Setting:
         """The algorithm with hyper-parameters; those not named keep their defaults.
@@ -48,7 +59,7 @@ class Algorithm:
             ConfigError: an option that this algorithm does not have, with a suggestion.
         """
         parts: dict[str, dict[str, Any]] = {"loss": {}, "stream": {}, "advantage": {}}
-        signatures = _parts(self.loss, self.stream)
+        signatures = _parts(self.loss, self.stream, self.online)
         for name, value in hyper.items():
             owner = next((part for part, flags in signatures.items() if name in flags), "loss")
             parts[owner][name] = value
@@ -83,19 +94,26 @@ class Setting:
 
 
 def get(name: str) -> Algorithm:
-    """The algorithm of a registered loss.
+    """The algorithm of a registered loss, or of `online_` and an offline one.
 
     Raises:
-        ConfigError: unknown name, with a suggestion; or a loss whose tensors no stream provides.
+        ConfigError: unknown name, with a suggestion; a loss whose tensors no stream provides; or `online_` before a loss that
+            learns from rollouts already, or that trains a reward model.
         RegistrationError: two parts have one flag, or the loss gives a default to a flag that none of them has.
     """
+    inner, fresh = split_online(name)
     try:
-        loss = losses.get(name)
+        loss = losses.get(inner)
     except (losses.UnknownName, RegistrationError) as error:
         raise ConfigError(str(error)) from error
     stream = stream_of(loss)
+    if fresh and (stream == "rollouts" or family(loss) == "rewards"):
+        what = "learns from rollouts already" if stream == "rollouts" else "trains a reward model"
+        raise ConfigError(
+            f"{name!r}: {inner!r} {what}; {ONLINE} goes before losses on pairs, lists, labelled or single completions."
+        )
     flags: dict[str, HyperParameter] = {}
-    parts = _parts(loss, stream)
+    parts = _parts(loss, stream, fresh)
     for part, options in parts.items():
         for flag, parameter in options.items():
             if flag in flags:
@@ -109,7 +127,13 @@ def get(name: str) -> Algorithm:
                 f"{', '.join(others) or 'none'}."
             )
         flags[flag] = flags[flag]._replace(default=default)
-    return Algorithm(name, loss, stream, flags)
+    return Algorithm(name, loss, stream, flags, fresh)
+
+
+def split_online(name: str) -> tuple[str, bool]:
+    """The loss in an algorithm's name, and whether it is trained on fresh samples. A registered name means itself."""
+    fresh = name.startswith(ONLINE) and name not in losses.names()
+    return (name.removeprefix(ONLINE), True) if fresh else (name, False)
 
 
 def trainable_names() -> list[str]:
@@ -190,10 +214,15 @@ def loss_tensors(loss: Loss) -> frozenset[str]:
     return frozenset(name for term in loss.terms for name in term.signature.required)
 
 
-def _parts(loss: Loss, stream: str) -> dict[str, dict[str, HyperParameter]]:
+def _parts(loss: Loss, stream: str, fresh: bool) -> dict[str, dict[str, HyperParameter]]:
+    own: dict[str, HyperParameter] = {}
+    if stream == "rollouts":
+        own = read_options(rollouts, "the rollout stream")
+    elif fresh:
+        own = read_options(online, "the online stream")
     return {
         "loss": loss.hyper,
-        "stream": read_options(rollouts, "the rollout stream") if stream == "rollouts" else {},
+        "stream": own,
         "advantage": {} if loss.advantage is None else read_options(loss.advantage, f"advantage of {loss.name!r}"),
     }
 

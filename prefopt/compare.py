@@ -157,9 +157,9 @@ def describe(study: Study, console: Console, cache: Path | None = None) -> None:
         table.add_column(column)
     for entry, setting in zip(study.entries, settings, strict=True):
         options = ", ".join(f"{name} {value}" for name, value in setting.hyper.items())
-        table.add_row(entry.label, setting.algorithm.stream, ", ".join(map(str, study.seeds)), options)
+        table.add_row(entry.label, setting.algorithm.data, ", ".join(map(str, study.seeds)), options)
     console.print(table)
-    if not task_options.data.exact:
+    if task_options.data.task == "text":
         console.print(render(build_task(task_options, cache or default_cache(), console).training(study.seeds[0]).report))
     seeds = len(study.seeds)
     console.print(
@@ -241,7 +241,7 @@ class _Job:
 def _default_workers(study: Study) -> int:
     """Tiny models are bound by launch overhead and run side by side on a thread each; others get the whole machine."""
     cells = len(study.entries) * len(study.seeds)
-    return max(1, min(os.cpu_count() or 1, cells)) if study.options.data.exact else 1
+    return max(1, min(os.cpu_count() or 1, cells)) if study.options.tiny else 1
 
 
 def _run_all(jobs: Sequence[_Job], workers: int, console: Console) -> None:
@@ -340,7 +340,7 @@ def collect(
     results = Results(
         schema_version=SCHEMA_VERSION,
         title=study.title,
-        task="exact" if study.options.data.exact else "text",
+        task=study.options.data.task,
         settings=tuple(Setting(e.algorithm, e.label, dict(s.hyper)) for e, s in zip(study.entries, settings, strict=True)),
         seeds=tuple(study.seeds),
         metrics=tuple(task.metrics),

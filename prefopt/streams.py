@@ -46,6 +46,9 @@ class Stream(Protocol):
     def metrics(self) -> Mapping[str, Metric]:
         """What the stream has to report since the last call (rollouts: score, KL, lengths)."""
 
+    def after_update(self, metrics: Mapping[str, Sequence[Metric]]) -> None:
+        """Told of every update by its losses' metrics, one of each micro-batch; rollouts may leave their buffer for it."""
+
     def state_dict(self) -> Any:
         """The position after the last step that was yielded: a tree for checkpoint.save."""
 
@@ -143,9 +146,9 @@ class OfflineStream:
             )
         self._kind = kind
         self._examples = _Best(examples) if kind == "completions" else examples
-        self._roles = _ROLES[kind]
-        if any("mismatched" in name for name in needs):
-            self._examples, self._roles = _WithMismatched(examples), mismatched_roles
+        self._mismatched = any("mismatched" in name for name in needs)
+        if self._mismatched:
+            self._examples = WithMismatched(examples)
         self._budget = budget
         self._reference = reference
         self._in_loop = reference is not None and budget.reference_pass == "in-loop"
@@ -186,33 +189,15 @@ class OfflineStream:
 
     def build(self, examples: Sequence[Example]) -> PackedBatch:
         """One micro-batch, reference log-probs and labels attached."""
-        rows: dict[str, Sequence[Tensor]] = {}
-        if self._reference is not None:
-            rows["reference_token_logps"] = self._reference.rows(examples)
-        scores = _all_or_none(examples, "scores") if self._kind in ("pairs", "groups") else None
-        if scores is not None:
-            rows["scores"] = [torch.tensor(value) for values in scores for value in values]
-        return pack(examples, roles=self._roles, rows=rows, data=self._labels(examples), dtype=self._dtype)
-
-    def _labels(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        if self._kind == "labelled":
-            extra = self._roles is mismatched_roles
-            good = [label for example in examples for label in _desirable(example, len(example.completion_ids) - extra)]
-            return {"desirable": torch.tensor(good)}
-        if self._kind == "groups":
-            ranks = [_ranks(example, len(example.completion_ids)) for example in examples]
-            longest = max(map(len, ranks))
-            return {"ranks": torch.tensor([[*own, *range(len(own), longest)] for own in ranks])}
-        data: dict[str, Tensor] = {}
-        for field, name in (("soft_label", "soft_labels"), ("margin", "margins")):
-            values = _all_or_none(examples, field)
-            if values is not None:
-                data[name] = torch.tensor(values, dtype=self._dtype)
-        return data
+        reference = None if self._reference is None else self._reference.rows(examples)
+        return build_batch(examples, kind=self._kind, reference=reference, dtype=self._dtype, mismatched=self._mismatched)
 
     def metrics(self) -> Mapping[str, Metric]:
         """A fixed data set has nothing to report."""
         return {}
+
+    def after_update(self, metrics: Mapping[str, Sequence[Metric]]) -> None:
+        """A fixed data set stays what it is."""
 
     def state_dict(self) -> Any:
         return {"step": self._step}
@@ -221,6 +206,51 @@ class OfflineStream:
         self._step = state["step"]
         if self._reference is not None and self._in_loop:  # the run's cost is that of all its steps
             self._reference.count(self._examples[row] for row in self._rows_until(self._step))
+
+
+def build_batch(
+    examples: Sequence[Example],
+    *,
+    kind: str,
+    reference: Sequence[Tensor] | None,
+    dtype: torch.dtype,
+    mismatched: bool = False,
+) -> PackedBatch:
+    """One micro-batch of rows that have completions and labels, from a data set or fresh from the policy.
+
+    Args:
+        examples: its rows.
+        kind: as `OfflineStream`.
+        reference: [length] reference log-probs of each completion, None when no loss asks for them.
+        dtype: of masks and labels.
+        mismatched: each row's last completion belongs to another prompt.
+    """
+    rows: dict[str, Sequence[Tensor]] = {} if reference is None else {"reference_token_logps": reference}
+    scores = _all_or_none(examples, "scores") if kind in ("pairs", "groups") else None
+    if scores is not None:
+        rows["scores"] = [torch.tensor(value) for values in scores for value in values]
+    data = _labels(examples, kind, mismatched=mismatched, dtype=dtype)
+    return pack(examples, roles=mismatched_roles if mismatched else _ROLES[kind], rows=rows, data=data, dtype=dtype)
+
+
+def _labels(examples: Sequence[Example], kind: str, *, mismatched: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Labels under their vocabulary names."""
+    data: dict[str, Tensor]
+    if kind == "labelled":
+        good = [label for example in examples for label in _desirable(example, len(example.completion_ids) - mismatched)]
+        return {"desirable": torch.tensor(good)}
+    if kind == "groups":
+        ranks = [_ranks(example, len(example.completion_ids)) for example in examples]
+        longest = max(map(len, ranks))
+        data = {"ranks": torch.tensor([[*own, *range(len(own), longest)] for own in ranks])}
+        utilities = _all_or_none(examples, "utility_id")
+        return data if utilities is None else {**data, "utility_ids": torch.tensor(utilities)}
+    data = {}
+    for field, name in (("soft_label", "soft_labels"), ("margin", "margins")):
+        values = _all_or_none(examples, field)
+        if values is not None:
+            data[name] = torch.tensor(values, dtype=dtype)
+    return data
 
 
 def _all_or_none(examples: Sequence[Example], field: str) -> list[Any] | None:
@@ -269,7 +299,7 @@ def _desirable(example: Example, count: int) -> list[bool]:
     return [example.labels.desirable]
 
 
-class _WithMismatched(Sequence[Example]):
+class WithMismatched(Sequence[Example]):
     """Each prompt with another prompt's completion as one branch more: KTO's baseline (Ethayarajh 2024, section 4.1).
 
     The partner is the next row in the data's order (after the last comes the first) whose prompt differs; rows take turns in

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from losses.registry import BoundLoss, BoundTerm
-from losses.types import VOCABULARY, LossOutput
+from losses.types import VOCABULARY, LossOutput, Metric
 from prefopt import checkpoint
 from prefopt.communicator import Communicator, SingleProcess
 from prefopt.coupled import coupled_objectives
@@ -137,9 +137,12 @@ class _Run:
         self.running: dict[str, Tensor] = {}
         # What this step adds to them. No micro-batch may see what another one adds, so it waits for the step's end.
         self._added: dict[str, Tensor] = {}
+        # This step's metrics, one of each micro-batch, for streams that go by them.
+        self._reported: dict[str, list[Metric]] = {}
         self.result = FitResult()
         self._plain = [term for term in loss.terms if not term.coupled]
         self._coupled = [term for term in loss.terms if term.coupled]
+        self._planned = stream.total_steps  # rollouts may leave out some of them on the way
         self._from_policy = frozenset(name for name in loss.needs if VOCABULARY[name].source == "policy")
         self._in_training = False
         self._began = time.perf_counter()
@@ -167,6 +170,8 @@ class _Run:
         self.meter.add_value("grad_norm", norm)
         for name, metric in self.stream.metrics().items():
             self.meter.add(name, metric)
+        self.stream.after_update(self._reported)
+        self._reported = {}
         self.step += 1
         self.result.steps = self.step
         self.result.tokens += sum(batch.tokens for batch in micro_batches)
@@ -246,6 +251,7 @@ class _Run:
     def _record(self, term: BoundTerm, output: LossOutput) -> None:
         for name, metric in output.metrics.items():
             self.meter.add(name, metric)
+            self._reported.setdefault(name, []).append(metric)
         if len(self.loss.terms) > 1:
             self.meter.add(f"loss/{term.name}", (output.loss, output.weight))
         for name, (total, count) in output.updates.items():
@@ -321,7 +327,7 @@ class _Run:
             "loss": self.loss.name,
             "hyper-parameters": {name: repr(value) for name, value in self.loss.hyper.items()},
             "optimization": asdict(self.optimization),
-            "number of steps": self.stream.total_steps,
+            "number of steps": self._planned,
         }
 
     def restore(self) -> None:

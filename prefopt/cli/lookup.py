@@ -30,7 +30,7 @@ def find_algorithm(name: str) -> algorithms.Algorithm:
     Raises:
         ConfigError: as `find_loss`; terms that need different streams; or a loss that cannot be trained alone.
     """
-    loss = find_loss(name)
+    loss = find_loss(algorithms.split_online(name)[0])
     try:
         return algorithms.get(name)
     except ConfigError as error:

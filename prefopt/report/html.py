@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from prefopt.errors import OutputError
 from prefopt.report.figures import Picture, draw_all
 from prefopt.report.grid import to_markdown
+from prefopt.report.health import health_grid
 from prefopt.report.schema import MINIMUM_SEEDS, Results, Timings, load_prompt_rows, load_results, load_timings
 from prefopt.report.statistics import PromptSummary, scipy_installed, summarise_prompts
 from prefopt.report.tables import (
@@ -81,6 +82,7 @@ def render_report(
         paired=paired_grids(results),
         no_tests=_why_no_tests(results),
         judges=judges_grid(results.judges),
+        health=health_grid(results),
         prompts=prompts_grid(prompts),
         settings=settings_grid(results),
         cost=ledger_grid(results, timings),

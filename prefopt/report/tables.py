@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.report.grid import Column, Entry, Grid, Style, to_markdown, to_rich
+from prefopt.report.health import health_grid
 from prefopt.report.schema import Cell, Judge, Metric, Results, Setting, Timings
 from prefopt.report.statistics import (
     LEVEL,
@@ -51,7 +52,8 @@ def results_markdown(results: Results, timings: Timings | None = None) -> str:
 
 def print_summary(results: Results, timings: Timings | None, console: Console) -> None:
     """Results, the tests against the reference and the judges on a terminal; tests of pairs are in the report."""
-    for grid in (results_grid(results, timings), *paired_grids(results)[:1], judges_grid(results.judges)):
+    health = health_grid(results)
+    for grid in (results_grid(results, timings), *paired_grids(results)[:1], judges_grid(results.judges), health):
         if grid.rows:
             console.print(to_rich(grid))
     for note in results.notes:
@@ -140,6 +142,7 @@ def judges_grid(judges: Sequence[Judge]) -> Grid:
             number(judge.accuracy, ".1%"),
             f"{number(judge.low, '.1%')} to {number(judge.high, '.1%')}",
             f"{judge.n:,}",
+            number(judge.ece, ".3f"),
             number(judge.length_bias, "+.3f"),
             number(judge.error_correlation, "+.2f"),
             "; ".join(remarks),
@@ -150,6 +153,7 @@ def judges_grid(judges: Sequence[Judge]) -> Grid:
         Column("held-out accuracy"),
         Column(f"{LEVEL:.0%} interval"),
         Column("pairs"),
+        Column("ECE", note="expected calibration error: 0 when a probability of preference is what it says"),
         Column("length bias"),
         Column("error correlation", note="of its errors with those of the reward model that PPO trains on"),
         Column("remarks", numeric=False),

@@ -19,6 +19,7 @@ from losses import get
 from losses.advantages import gae, group_baseline, leave_one_out
 from losses.f_dpo import f_derivative
 from losses.ops import kl_k1, kl_k3, masked_mean, masked_sum, whiten
+from losses.shaping import redistribute, token_kls, token_rewards
 from prefopt.forward import token_quantities
 from prefopt.packing import Sampling
 
@@ -297,6 +298,24 @@ def estimator(function: Callable[[Tensor, Tensor], Tensor], first: str, second: 
     return Adapter(f"ops.{function.__name__}", lambda inputs, _: {"per_example": function(inputs[first], inputs[second])})
 
 
+def penalised_rewards(inputs: Inputs, keywords: Keywords) -> Made:
+    """Scores at the last token, a KL penalty on every token."""
+    mask = (torch.arange(inputs["lp"].shape[-1]) < inputs["lens"][:, None]).double()
+    given, price = (inputs["lp"], inputs["rp"], mask), keywords["kl_coeff"]
+    rewards = token_rewards(inputs["scores"], *given, kl_coef=price)
+    penalty = token_rewards(torch.zeros_like(inputs["scores"]), *given, kl_coef=price)
+    return {"loss": rewards.mean(), "per_example": rewards, "kl": token_kls(*given), "kl_reward": penalty}
+
+
+def attention_credit(inputs: Inputs, keywords: Keywords) -> Made:
+    """The last token's attention to the response."""
+    length = inputs["response"].shape[-1]
+    weights = inputs["attention"].view(-1, *inputs["attention"].shape[-2:])[:, -1, -length:]
+    mask = torch.ones_like(weights)
+    spread = redistribute(inputs["score"].view(-1), weights, mask, credit_beta=keywords["beta"])[0]
+    return {"loss": spread.mean(), "per_example": spread}
+
+
 def bradley_terry(inputs: Inputs, keywords: Keywords) -> Made:
     tensors = {"chosen_rewards": inputs["c"], "rejected_rewards": inputs["r"]}
     margins = [inputs[name] for name in ("margin", "mgn") if name in inputs]
@@ -328,6 +347,8 @@ FAMILIES: dict[str, Adapter] = {
     "grpo-adv": Adapter("advantages.group_baseline", partial(group_advantages, function=group_baseline, scale="scale")),
     "gae": Adapter("advantages.gae", generalised_advantage),
     "whiten": Adapter("ops.whiten", whitening),
+    "kl-reward": Adapter("shaping.token_rewards", penalised_rewards),
+    "abc": Adapter("shaping.redistribute", attention_credit),
     "bt": Adapter("bradley_terry", bradley_terry),
     "bt-margin": Adapter("bradley_terry", bradley_terry),
     "logps": Adapter("ops.masked_mean", mean_logps),

@@ -1,7 +1,7 @@
 """Agreement with values computed by other projects' own code (golden/peers.json; each case names project, commit, lines).
 
-Every case is compared in value, in per-example values and extras where the peer returns them, and in gradients, or skipped
-by name with the reason. The second half says what ours is where a peer's number is a defect; docs/peers.md lists them all.
+Every case is compared in value, in per-example values and extras where the peer returns them, and in gradients. The second half
+says what ours is where a peer's number is a defect; docs/peers.md lists them all.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ from tests.losses.golden_adapters import (
     tensor_of,
 )
 
-SKIPPED = {
-    "abc/redistribute/beta1.0": "it spreads a reward over tokens by a reward model's attention, which this package cannot do",
-    "torchtune/get_rewards_ppo": "it puts score and KL into token rewards; here the rollout stream does that while it samples "
-    "(prefopt/rollouts.py), no function of tensors does; its KL is ops.kl_k1, which rlhfbook/approx_kl1 compares",
-}
 NOT_OURS = {"ratio_mean": "ratio/max is logged instead", "ppo_kl": "the k1 estimate; approx_kl is k3"}
 """Extras that nothing here returns."""
 COUNTED = {"accuracy", "clipfrac", "clip_ratio"}
@@ -65,7 +60,7 @@ def adapter_of(name: str) -> Adapter:
 
 
 def with_our_name(name: str) -> Any:
-    return pytest.param(name, id=name if name in SKIPPED else f"{adapter_of(name).ours}: {name}")
+    return pytest.param(name, id=f"{adapter_of(name).ours}: {name}")
 
 
 def tolerance(name: str) -> dict[str, float]:
@@ -77,8 +72,6 @@ def tolerance(name: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", [with_our_name(name) for name in CASES])
 def test_agrees_with_peer(name: str) -> None:
-    if name in SKIPPED:
-        pytest.skip(f"{len(CASES) - len(SKIPPED)} of {len(CASES)} golden cases are compared; {name} is not: {SKIPPED[name]}")
     case = CASES[name]
     dtype = getattr(torch, case["dtype"])
     inputs = {key: tensor_of(reference).to(dtype) for key, reference in case["inputs"].items()}
@@ -107,18 +100,14 @@ def test_agrees_with_peer(name: str) -> None:
         assert constant.grad is None or not constant.grad.any(), f"a gradient reaches {key}"
 
 
-def test_every_case_is_compared_or_skipped_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    adapters = {name: adapter_of(name) for name in CASES if name not in SKIPPED}  # KeyError: a case that nobody reads
-    assert len(adapters) + len(SKIPPED) == len(CASES) == 102
-    assert all(reason.strip() for reason in (*SKIPPED.values(), *NOT_OURS.values()))
+def test_every_case_is_compared() -> None:
+    adapters = {name: adapter_of(name) for name in CASES}  # KeyError: a case that nobody reads
+    assert len(adapters) == 102
+    assert all(reason.strip() for reason in NOT_OURS.values())
     # Nothing stale: what the tables name is there.
-    assert (SKIPPED.keys() | BY_NAME.keys() | FLOAT32_CONSTANTS.keys()) <= CASES.keys()
+    assert (BY_NAME.keys() | FLOAT32_CONSTANTS.keys()) <= CASES.keys()
     assert FAMILIES.keys() <= {CASES[name]["family"] for name in adapters if name not in BY_NAME}
     assert NOT_OURS.keys() <= {key for case in CASES.values() for key in case["outputs"].get("extra", {})}
-    with capsys.disabled():
-        print(f"\n{len(adapters)} of {len(CASES)} golden cases compared, {len(SKIPPED)} skipped")
-        for name, reason in SKIPPED.items():
-            print(f"  {name}: {reason}")
 
 
 def test_cpl_on_log_ratios_agrees_with_dpo_peers() -> None:

@@ -35,7 +35,8 @@ from prefopt.optimization import Logging, Optimization
 from prefopt.packing import PackedBatch
 from prefopt.reference import ReferenceCache
 from prefopt.rewards import RewardModelScorer, check_scores
-from prefopt.rollouts import RolloutStream, Workshop, rollouts
+from prefopt.rollouts import Rollouts, RolloutStream, Workshop, rollouts
+from prefopt.rollouts.collect import Collector
 from prefopt.runlog import read_lines
 from prefopt.streams import Budget, OfflineStream, Stream
 from prefopt.trainer import FitResult, fit
@@ -193,15 +194,13 @@ def test_the_ratio_is_one_in_the_first_minibatch(temperature: float, top_p: floa
 
 def test_a_wrong_sampling_distribution_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Old log-probs without the temperature, as if a rollout engine had returned them: the first step is refused."""
-    score_tokens = RolloutStream._score_tokens
+    token_logps = Collector.token_logps
 
-    def untempered(
-        self: RolloutStream, examples: Sequence[Example], supports: Sequence[Any]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        tensors, mask = score_tokens(self, examples, supports)
+    def untempered(self: Collector, found: Rollouts) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, mask = token_logps(self, found)
         return {**tensors, "old_token_logps": 0.7 * tensors["old_token_logps"]}, mask
 
-    monkeypatch.setattr(RolloutStream, "_score_tokens", untempered)
+    monkeypatch.setattr(Collector, "token_logps", untempered)
     with pytest.raises(TrainingError, match="the first loss is"):
         ppo_run(steps=1, hyper={"temperature": 0.7})
 
@@ -235,8 +234,8 @@ def test_metrics_are_of_the_buffer() -> None:
     # With a price of 1 the rewards of a completion sum to score - log-ratio.
     assert means["score"] - means["kl"] == pytest.approx(float(batch.rows["rewards"].sum()) / 24, abs=1e-5)
     assert stream.metrics() == {}
-    assert (stream.sampled, stream.generated_tokens) == (24, sum(map(len, completions)))
-    assert stream.reference_tokens == batch.tokens
+    assert (stream.collector.sampled, stream.collector.generated_tokens) == (24, sum(map(len, completions)))
+    assert stream.collector.reference_tokens == batch.tokens
 
 
 @pytest.mark.parametrize("options", [{}, {"discount": 0.9, "gae_lambda": 0.5, "whiten_advantages": False}])
@@ -335,7 +334,7 @@ def test_rollouts_of_one_prompt_stand_together_and_are_compared_over_the_whole_b
     )  # fmt: skip
     steps = list(stream)
     assert stream.total_steps == len(steps) == 6 * 3, "24 prompts are 6 buffers of 4"
-    assert stream.sampled == 6 * 12
+    assert stream.collector.sampled == 6 * 12
     for begin in range(0, len(steps), 3):
         buffer = [batch for step in steps[begin : begin + 3] for batch in step]
         assert sorted(len(batch.ids) for step in steps[begin : begin + 3] for batch in step) == [2, 5, 5]
@@ -417,7 +416,8 @@ def test_state_in_the_middle_of_a_buffer(made: int, top_p: float, samples: int, 
     for one, two in zip(rest, other_rest, strict=True):
         for left, right in zip(flatten(one), flatten(two), strict=True):
             assert torch.equal(left, right) if isinstance(left, Tensor) else left == right
-    assert (other.sampled, other.generated_tokens) == (stream.sampled, stream.generated_tokens)
+    mine, theirs = stream.collector, other.collector
+    assert (theirs.sampled, theirs.generated_tokens) == (mine.sampled, mine.generated_tokens)
 
 
 def test_scorer_errors_name_the_prompt() -> None:
@@ -428,12 +428,12 @@ def test_scorer_errors_name_the_prompt() -> None:
         return torch.tensor([0.0, math.nan, 1.0])
 
     stream = make_stream(policy, reference, {}, examples=examples, scorer=scores_nan)
-    with pytest.raises(TrainingError, match=r"returned nan for the completion of prompt prompt:[123]; scores must be finite"):
+    with pytest.raises(TrainingError, match=r"failed at prompt prompt:[123] \(index 1 .*returned nan"):
         next(iter(stream))
     stream = make_stream(policy, reference, {}, examples=examples, scorer=lambda asked, completions: torch.zeros(3, 1))
     with pytest.raises(TrainingError, match=r"shape \[3, 1\] for 3 completions; expected \[3\]"):
         next(iter(stream))
-    with pytest.raises(TrainingError, match=r"returned inf for the completion of prompt b;"):
+    with pytest.raises(TrainingError, match=r"failed at prompt b \(index 1 .*returned inf"):
         check_scores(torch.tensor([0.0, math.inf]), ["a", "b"])
 
 

@@ -343,6 +343,9 @@ class ControlStream:
     def metrics(self) -> dict[str, Any]:
         return {}
 
+    def after_update(self, metrics: Any) -> None:
+        pass
+
     def state_dict(self) -> Any:
         return {}
 
