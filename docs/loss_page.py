@@ -11,9 +11,10 @@ from readme import ROOT, file_of, own_losses, read_bibtex, read_papers
 
 from losses.declaration import read_options
 from losses.registry import Loss
+from prefopt.algorithms import ONLINE
 from prefopt.cli import catalogue
 from prefopt.report.grid import to_markdown
-from prefopt.rollouts import rollouts
+from prefopt.rollouts import online, rollouts
 
 PAGE = ROOT / "docs" / "losses.md"
 
@@ -79,6 +80,10 @@ def _shared(members: list[Loss], papers: Mapping[str, str]) -> Iterator[str]:
     yield "## Rollouts"
     yield from _text(inspect.getdoc(rollouts) or "", papers)
     yield to_markdown(catalogue.options_grid("Options", catalogue.rollout_options().values()))
+    yield "## Fresh samples for offline losses"
+    yield f"`{ONLINE}` before the name of an offline loss (`{ONLINE}dpo`, `{ONLINE}sft`, `{ONLINE}kto`)."
+    yield from _text(inspect.getdoc(online) or "", papers)
+    yield to_markdown(catalogue.options_grid("Options", read_options(online, "the online stream").values()))
 
 
 def _link(loss: Loss) -> str:

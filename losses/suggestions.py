@@ -23,7 +23,10 @@ _PEER_OPTIONS = {
     "f_divergence_type": ("divergence",), "f_alpha_divergence_coef": ("alpha",), "discopop_tau": ("tau",),
     "rpo_alpha": ("nll_coef",), "cpo_alpha": ("nll_coef",), "simpo_gamma": ("gamma",), "lambda": ("lam",),
     "sapo_temperature_pos": ("tau_positive",), "sapo_temperature_neg": ("tau_negative",), "scale_rewards": ("scale",),
-    "num_generations": ("samples_per_prompt",),
+    "num_generations": ("samples_per_prompt",), "init_kl_coef": ("kl_coef",), "target": ("kl_target",),
+    "adap_kl_ctrl": ("kl_target",), "horizon": ("kl_horizon",), "kl_penalty": ("kl_estimator",), "target_kl": ("stop_kl",),
+    "cliprange_reward": ("clip_scores",), "scale_reward": ("scale_scores",), "use_score_scaling": ("scale_scores",),
+    "num_ppo_epochs": ("ppo_epochs",),
 }  # fmt: skip
 
 

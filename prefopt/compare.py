@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,16 +43,33 @@ STUDY_FILE, CELLS_FOLDER = "study.json", "cells"
 
 @dataclass(frozen=True)
 class Entry:
-    """One algorithm of a comparison with the hyper-parameters that differ from its defaults, and a name if it needs one."""
+    """One algorithm of a comparison with the hyper-parameters that differ from its defaults, and a name if it needs one.
+
+    Args:
+        algorithm: a loss or a sum of losses, `online_` before it for fresh samples.
+        hyper: its hyper-parameters.
+        name: heads its row; made from the others if empty.
+        reward: fields of `RewardOptions` that differ from the study's, so that rewards can be compared as algorithms are.
+    """
 
     algorithm: str
     hyper: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    reward: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """Its name in the report: as given, or the algorithm's with the values that were set."""
-        return self.name or self.algorithm + "".join(f" {name}={value}" for name, value in self.hyper.items())
+        return self.name or self.algorithm + "".join(f" {name}={value}" for name, value in self.values.items())
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Everything that was set, for the report."""
+        return {**self.hyper, **self.reward}
+
+    def options(self, shared: Options) -> Options:
+        """The study's options with this entry's reward."""
+        return replace(shared, reward=replace(shared.reward, **self.reward)) if self.reward else shared
 
 
 @dataclass(frozen=True)
@@ -230,7 +247,7 @@ class _Job:
         # Sums of losses hold characters that file systems refuse. The hash keeps settings of one algorithm apart whatever
         # characters their values have, and sums that differ only in what was replaced.
         name, replaced = re.sub(r"[^\w.-]", "_", self.entry.algorithm), re.findall(r"[^\w.-]", self.entry.algorithm)
-        key = content_key(dict(self.entry.hyper), self.entry.name, *replaced)[:6]
+        key = content_key(self.entry.values, self.entry.name, *replaced)[:6]
         return self.output / CELLS_FOLDER / f"{name}-{key}-seed{self.seed}"
 
     @property
@@ -290,16 +307,17 @@ def _run_job(job: _Job) -> str | None:
     console = standard_console() if job.workers == 1 else None
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "failure.txt").unlink(missing_ok=True)
+    options = job.entry.options(job.study.options)
     try:
         setting = job.study.settings()[job.index]
         write_json(
             job.folder / "config.json",
-            {"label": job.entry.label, "hyper": dict(setting.hyper), "seed": job.seed, **job.study.options.as_dict()},
+            {"label": job.entry.label, "hyper": dict(setting.hyper), "seed": job.seed, **options.as_dict()},
         )
-        task = build_task(job.study.options, job.cache, console)
+        task = build_task(options, job.cache, console)
         result = run_cell(
-            task, setting, job.study.options, job.seed, label=job.entry.label, cache=job.cache, folder=job.folder,
-            resume=bool(job.study.options.logging.save_every), console=console,
+            task, setting, options, job.seed, label=job.entry.label, cache=job.cache, folder=job.folder,
+            resume=bool(options.logging.save_every), console=console,
         )  # fmt: skip
         if job.save_policies:
             result.policy.save(job.folder / "policy")
@@ -341,7 +359,9 @@ def collect(
         schema_version=SCHEMA_VERSION,
         title=study.title,
         task=study.options.data.task,
-        settings=tuple(Setting(e.algorithm, e.label, dict(s.hyper)) for e, s in zip(study.entries, settings, strict=True)),
+        settings=tuple(
+            Setting(e.algorithm, e.label, {**s.hyper, **e.reward}) for e, s in zip(study.entries, settings, strict=True)
+        ),
         seeds=tuple(study.seeds),
         metrics=tuple(task.metrics),
         cells=tuple(cells),

@@ -30,9 +30,13 @@ from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
 
 _STUDY = "Study"
+_PRESETS = Path(__file__).parent.parent / "presets"
 # What the YAML file may name besides flags.
 _ALGORITHMS = "algorithms"
-_ALGORITHM_HELP = "Losses (`prefopt losses`), or weighted sums of them as dpo:1.0+sft:0.2."
+_ALGORITHM_HELP = (
+    "Losses (`prefopt losses`), or weighted sums of them as dpo:1.0+sft:0.2; online_ before an offline one trains it on fresh "
+    "samples of the policy, ordered by the reward: online_dpo."
+)
 
 
 def build(tokens: Sequence[str]) -> App:
@@ -41,8 +45,10 @@ def build(tokens: Sequence[str]) -> App:
     Raises:
         ConfigError: a config file that cannot be read.
     """
-    settings = [_read_config(Path(path)) for path in option_values(tokens, "--config")]
-    names = [str(name) for values in settings for name in values.pop(_ALGORITHMS, [])]
+    files = [("--config", Path(path)) for path in option_values(tokens, "--config")]
+    files += [("--preset", _preset(name)) for name in option_values(tokens, "--preset")]
+    settings = [(flag, _read_config(path, flag)) for flag, path in files]  # a config's values win over a preset's
+    names = [str(name) for _, values in settings for name in values.pop(_ALGORITHMS, [])]
 
     def run(*given: str, **values: Any) -> None:
         _run([*given, *values.get("named", ())] or names, values)
@@ -52,7 +58,7 @@ def build(tokens: Sequence[str]) -> App:
         Argument.VAR_POSITIONAL,
         annotation=Annotated[str, Parameter(help=_ALGORITHM_HELP, group=_STUDY)],
     )
-    config = [Dict(values, use_commands_as_keys=False, source="--config") for values in settings]
+    config = [Dict(values, use_commands_as_keys=False, source=flag) for flag, values in settings]
     app = App("compare", version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext", config=config)
     app.default(make_command(run, [*_study_flags(), *option_flags()], _STUDY, positional))
     return app
@@ -80,6 +86,7 @@ def _study_flags() -> list[Flag]:
         Flag("seeds", int, 3, "How many seeds; each trains every algorithm once. Under 3 there is no ranking.", _STUDY),
         Flag("assignments", chosen, (), "Hyper-parameters as ALGO.FLAG=VALUE, for example dpo.beta=0.5.", _STUDY),
         Flag("config", Path | None, None, "YAML with the same names (and `algorithms`); flags given here win.", _STUDY),
+        Flag("preset", str, "", f"A study that comes with prefopt: {', '.join(_presets())}. --config and flags win.", _STUDY),
         Flag("title", str, "", "Heads the report.", _STUDY),
         Flag("dry_run", bool, False, "Show rows, cells and options, and train nothing.", _STUDY),
         Flag(
@@ -111,7 +118,8 @@ def _run(names: Sequence[str], values: Mapping[str, Any]) -> None:
     if seeds < 1:
         raise ConfigError(f"--seeds is {seeds}; it is how many seeds to run, at least 1.")
     title = {"title": values["title"]} if values.get("title") else {}
-    study = Study(entries, tuple(range(seeds)), build_options(values), tuple(imports), **title)
+    preset = values.get("preset", "")
+    study = Study(entries, tuple(range(seeds)), build_options(values), tuple(imports), preset=preset, **title)
     for setting in study.settings():
         check_values(setting)
     console = standard_console()
@@ -145,15 +153,26 @@ def parse_assignments(names: Sequence[str], assignments: Sequence[str]) -> dict[
     return found
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _presets() -> list[str]:
+    """The studies in prefopt/presets, by name."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+def _preset(name: str) -> Path:
+    if name not in _presets():
+        raise ConfigError(
+            f"--preset {name}: there is none{suggest_option(name, _presets())}. There are: {', '.join(_presets())}."
+        )
+    return _PRESETS / f"{name}.yaml"
+
+
+def _read_config(path: Path, flag: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from error
+        raise ConfigError(f"{flag} {path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{flag} {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not isinstance(values.get(_ALGORITHMS, []), list):
-        raise ConfigError(
-            f"--config {path}: expected `name: value` lines with the names of flags, and `algorithms: [dpo, ipo]`."
-        )
+        raise ConfigError(f"{flag} {path}: expected `name: value` lines with the names of flags, and `algorithms: [dpo, ipo]`.")
     return {str(name): value for name, value in values.items()}

@@ -49,7 +49,8 @@ SAVE_EVERY = 50
 _RUN, _LOSS = "Run", "--loss"
 _HELP = (
     "Train one algorithm and measure the policy. ALGO is a loss or a weighted sum of losses: `prefopt train dpo`, `prefopt "
-    "train dpo:1.0+sft:0.2`, or the same as `--loss`. `prefopt train ALGO --help` lists its flags."
+    "train dpo:1.0+sft:0.2`, or the same as `--loss`; `online_` before an offline loss trains it on fresh samples of the "
+    "policy, ordered by the reward: `prefopt train online_dpo`. `prefopt train ALGO --help` lists its flags."
 )
 
 

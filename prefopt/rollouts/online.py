@@ -1,6 +1,6 @@
 """Any offline loss on fresh samples of the policy: sample K completions of a prompt, order them by the reward, learn from the order.
 
-`online_dpo` is DPO on such pairs (Guo et al. 2024), `online_sft` imitates the best of K (rejection sampling), `online_kto` takes
+`online_dpo` is DPO on such pairs, `online_sft` imitates the best of K (rejection sampling), `online_kto` takes
 the better half for desirable: the stream that a loss calls for is filled from the policy instead of from a data set.
 """
 
@@ -42,6 +42,9 @@ def online(
     engine: EngineName = "own",
 ) -> OnlineStream:
     """Completions of the live policy, ordered by the reward: fresh rows for an offline loss.
+
+    On pairs it is online DPO, Guo et al. 2024 [guo2024oaif], for any loss; on single completions it imitates the best of K, the
+    rejection sampling of Touvron et al. 2023, section 3.2.3 [touvron2023llama2].
 
     Args:
         rollout_size: Completions sampled between updates of the sampling policy.

@@ -214,6 +214,21 @@ def test_a_config_file_stands_in_for_flags_that_are_not_given(cli: Any, tmp_path
     assert "Did you mean --batch-size?" in unknown.err
 
 
+def test_a_preset_is_a_config_that_comes_with_prefopt(cli: Any, tmp_path: Path) -> None:
+    """dpo_vs_ppo names its four settings and their prices of KL; an own config wins over it."""
+    done = cli("compare", "--preset", "dpo_vs_ppo", "--dry-run", "--seeds", 1)
+    assert done.code == 0, done.err
+    assert "4 cells" in done.out
+    assert all(f"{name} " in done.out for name in ("dpo", "online_dpo", "ppo_offline", "ppo", "online pairs"))
+    config = tmp_path / "own.yaml"
+    config.write_text("set: [dpo.beta=0.7]\n")
+    own = cli("compare", "--preset", "dpo_vs_ppo", "--config", config, "--dry-run")
+    assert "dpo beta=0.7" in own.out
+    unknown = cli("compare", "--preset", "dpo_vs_pp", "--dry-run")
+    assert unknown.code == 2
+    assert "there is none (did you mean 'dpo_vs_ppo'?)" in unknown.err
+
+
 def test_set_values_have_the_types_of_their_flags() -> None:
     assignments = ["ipo.average-log-prob=false", "ipo.tau=1", "ppo.ppo_epochs=3", "ppo.dual_clip=none"]
     found = parse_assignments(["ipo", "ppo"], assignments)
