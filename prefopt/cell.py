@@ -13,29 +13,43 @@ from rich.console import Console
 
 from prefopt.algorithms import Setting
 from prefopt.machine import peak_memory_mb
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, head_names
+from prefopt.models.hydra import build_roles
 from prefopt.models.lora import LoRA
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
+from prefopt.report.health import WATCHED
 from prefopt.report.schema import Cell, CellTiming, Ledger, PromptRow
-from prefopt.rollouts import RolloutStream, Workshop, rollouts
+from prefopt.rewards import RewardModelScorer
+from prefopt.rewards.build import Reward
+from prefopt.rewards.layout import save_reward_model
+from prefopt.rollouts import OnlineStream, RolloutStream, Workshop, online, rollouts
 from prefopt.runlog import counter
+from prefopt.stages import trained_reward_model
 from prefopt.streams import Budget, OfflineStream
 from prefopt.tasks import Task, Training
 from prefopt.trainer import FitResult, fit
 
 # What the report's learning curves show of the training log.
-_CURVE = ("step", "loss", "grad_norm", "rewards/margins", "rewards/accuracies", "score", "kl", "clip_frac")
+_CURVE = ("step", "loss", "grad_norm", "rewards/margins", "rewards/accuracies", *(watched.key for watched in WATCHED))
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """A finished cell and its policy."""
+    """A finished cell and its policy. `reward_model` is that policy as a scorer, where the loss trained a reward head alone."""
 
     cell: Cell
     timing: CellTiming
     rows: tuple[PromptRow, ...]
     policy: CausalLMPolicy
+    reward_model: RewardModelScorer | None = None
+
+    def save(self, folder: Path) -> None:
+        """Writes the policy as what it is: a causal LM, or a reward model that `--reward` reads."""
+        if self.reward_model is None:
+            self.policy.save(folder)
+        else:
+            save_reward_model(self.reward_model, folder)
 
 
 def run_cell(
@@ -66,17 +80,12 @@ def run_cell(
     begin = time.perf_counter()
     torch.manual_seed(seed)
     training = task.training(seed)
-    model, tokenizer = task.start()
-    lora = LoRA(r=options.model.lora, alpha=2 * options.model.lora) if options.model.lora else None
-    policy, reference = build_policy(
-        model, tokenizer, lora=lora, heads=head_names(setting.loss.needs),
-        checkpointing=options.model.activation_checkpointing,
-    )  # fmt: skip
+    policy, reference = _build_policies(task, setting, options)
     known = ReferenceCache(
         reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens,
         on_progress=counter(console, "reference log-probs"),
     )  # fmt: skip
-    stream, reward_tokens = build_stream(task, setting, training, policy, reference, known, options.budget, seed)
+    stream, reward = build_stream(task, setting, training, policy, reference, known, options.budget, seed)
     evaluate = partial(task.evaluate, policy, reference, known, setting.loss, seed)
     total = stream.total_steps
     checkpoints = sorted(
@@ -92,7 +101,7 @@ def run_cell(
     final = dict(measured.metrics)
     cell = Cell(
         setting.algorithm.name, label, seed, "ok", None, final, _path(result, final), _curve(result),
-        _ledger(stream, training, options.budget, result, known, reward_tokens),
+        _ledger(stream, training, options.budget, result, known, reward),
     )  # fmt: skip
     timing = CellTiming(
         label, seed, time.perf_counter() - begin, result.seconds / max(1, result.steps),
@@ -100,7 +109,24 @@ def run_cell(
         peak_memory_mb(),
     )  # fmt: skip
     rows = tuple(PromptRow(label, seed, r.prompt_id, r.judge, r.score, r.kl, r.log_ratio, r.length) for r in measured.rows)
-    return CellResult(cell, timing, rows, policy)
+    trained = trained_reward_model(
+        policy, setting.algorithm.loss, training.examples, max_length=options.data.max_length,
+        max_completion_length=task.max_new_tokens, micro_batch_tokens=options.budget.micro_batch_tokens,
+    )  # fmt: skip
+    return CellResult(cell, timing, rows, policy, trained)
+
+
+def _build_policies(task: Task, setting: Setting, options: Options) -> tuple[CausalLMPolicy, FrozenReference]:
+    heads = head_names(setting.loss.needs)
+    if (own := task.own_policies(heads)) is not None:
+        return own
+    model, tokenizer = task.start()
+    lora = LoRA(r=options.model.lora, alpha=2 * options.model.lora) if options.model.lora else None
+    return build_roles(
+        options.model.hydra, model, tokenizer, lora=lora, heads=heads,
+        reward_head=task.hydra_base.reward_head if task.hydra_base is not None else None,
+        checkpointing=options.model.activation_checkpointing,
+    )  # fmt: skip
 
 
 def build_stream(
@@ -112,22 +138,25 @@ def build_stream(
     known: ReferenceCache,
     budget: Budget,
     seed: int,
-) -> tuple[OfflineStream | RolloutStream, int]:
-    """The stream that the algorithm derives, and the tokens its reward model was trained on."""
+) -> tuple[OfflineStream | RolloutStream | OnlineStream, Reward | None]:
+    """The stream that the algorithm derives, and the reward that on-policy algorithms maximise."""
     budget = replace(budget, seed=seed)
     if not setting.algorithm.on_policy:
         cache = known if setting.needs_reference else None
         return OfflineStream(
             training.examples, kind=setting.algorithm.stream, budget=budget, needs=setting.loss.needs, reference=cache,
             dtype=policy.dtype,
-        ), 0  # fmt: skip
-    scorer, stage = task.scorer(seed)
+        ), None  # fmt: skip
+    base = task.hydra_base
+    reward = task.scorer(seed) if base is None else base.reward(policy)
     advantage = setting.algorithm.loss.advantage
     workshop = Workshop(
-        policy, reference, scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens,
+        policy, reference, reward.scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens,
         setting.loss.needs, partial(advantage, **setting.advantage_options) if advantage is not None else None, policy.dtype,
     )  # fmt: skip
-    return rollouts(workshop, **setting.stream_options), stage.tokens
+    if setting.algorithm.online:
+        return online(workshop, setting.algorithm.stream, **setting.stream_options), reward
+    return rollouts(workshop, **setting.stream_options), reward
 
 
 def _path(result: FitResult, final: Mapping[str, float]) -> tuple[Mapping[str, float], ...]:
@@ -141,23 +170,23 @@ def _curve(result: FitResult) -> tuple[Mapping[str, float], ...]:
 
 
 def _ledger(
-    stream: OfflineStream | RolloutStream,
+    stream: OfflineStream | RolloutStream | OnlineStream,
     training: Training,
     budget: Budget,
     result: FitResult,
     known: ReferenceCache,
-    reward_tokens: int,
+    reward: Reward | None,
 ) -> Ledger:
-    """Counts of what the cell consumed; labels include those of the reward model."""
+    """Counts of what the cell consumed. The labels of an on-policy cell are those that its reward learned from."""
     rows = len(training.examples)
-    rolled = stream if isinstance(stream, RolloutStream) else None
+    rolled = None if isinstance(stream, OfflineStream) else stream.collector
     seen = rolled.sampled if rolled is not None else result.steps * budget.batch_size
     return Ledger(
-        labels=rows if rolled is not None else min(rows, seen),
+        labels=reward.labels if reward is not None else min(rows, seen),
         unique_prompts=len({example.prompt_ids for example in training.examples}) if seen >= rows else seen,
         epochs=seen / rows,
         trained_tokens=result.tokens,
         reference_tokens=known.asked_tokens + (rolled.reference_tokens if rolled is not None else 0),
         generated_tokens=rolled.generated_tokens if rolled is not None else 0,
-        reward_model_tokens=reward_tokens,
+        reward_model_tokens=reward.tokens if reward is not None else 0,
     )

@@ -1,4 +1,4 @@
-"""What is measured on a trained policy of text: implicit rewards on held-out pairs, and samples scored and priced in KL."""
+"""What is measured on a trained policy of text: implicit rewards on held-out pairs; samples, scored and priced in KL; decay."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from prefopt.metrics import Meter
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.packing import flat_roles, pack, split_by_tokens
 from prefopt.reference import ReferenceCache
+from prefopt.report.schema import PromptRow
 from prefopt.rewards import Scorer
 from prefopt.streams import Budget, OfflineStream
 
@@ -71,35 +72,54 @@ def _follows_from_pairs(loss: BoundLoss) -> bool:
 
 @dataclass(frozen=True)
 class Samples:
-    """Completions of a policy on test prompts, [N] tensors.
+    """Completions of a policy on test prompts, one each; tensors are [N].
 
     Args:
+        ids: of the prompts.
+        completions: token ids, EOS included.
+        texts: the same as text, without EOS.
         kl: sum over tokens of KL(policy || reference) over the whole vocabulary, nats.
         k1: log(policy / reference) of the drawn tokens, nats: an unbiased check of `kl`.
-        lengths: tokens, EOS included.
         finished: ended by themselves before the limit.
-        scores: of the judge; None without one.
+        scores: by the name of the judge.
     """
 
     ids: tuple[str, ...]
+    completions: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
     kl: Tensor
     k1: Tensor
-    lengths: Tensor
     finished: Tensor
-    scores: Tensor | None
+    scores: Mapping[str, Tensor]
 
-    def metrics(self, judge: str) -> dict[str, float]:
-        """Means by metric key; the score is the judge's."""
-        found = {
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens, EOS included."""
+        return torch.tensor([len(ids) for ids in self.completions])
+
+    def metrics(self) -> dict[str, float]:
+        """Means by metric key; a judge's are `score/<judge>`."""
+        lengths = self.lengths
+        found: dict[str, Tensor | float] = {
             "kl": self.kl.mean(),
             "kl_k1": self.k1.mean(),
-            "nats_per_token": self.kl.sum() / self.lengths.sum(),
-            "length": self.lengths.float().mean(),
+            "nats_per_token": self.kl.sum() / lengths.sum(),
+            "length": lengths.float().mean(),
             "truncated": 1 - self.finished.float().mean(),
+            "distinct_2": distinct_n(self.completions, 2),
+            "repetition": repetition(self.completions),
+            **{f"score/{judge}": scores.mean() for judge, scores in self.scores.items()},
         }
-        if self.scores is not None:
-            found[f"score/{judge}"] = self.scores.mean()
         return {name: float(value) for name, value in found.items()}
+
+    def rows(self, seed: int) -> list[PromptRow]:
+        """One row for every judge and prompt; the caller labels them."""
+        columns = (self.ids, self.kl.tolist(), self.k1.tolist(), self.lengths.tolist())
+        return [
+            PromptRow("", seed, id, judge, score, kl, k1, length)
+            for judge, scores in self.scores.items()
+            for score, id, kl, k1, length in zip(scores.tolist(), *columns, strict=True)
+        ]
 
 
 @torch.no_grad()
@@ -112,7 +132,7 @@ def sample_and_measure(
     max_new_tokens: int,
     eos_ids: Sequence[int],
     seed: int,
-    judge: Scorer | None,
+    judges: Mapping[str, Scorer],
     micro_batch_tokens: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Samples:
@@ -131,21 +151,53 @@ def sample_and_measure(
         rows = policy.rows(batch, ["token_logps", "reference_token_logps", "policy_kls"], reference=reference)
         kls.append(rows["policy_kls"].sum(-1).cpu())
         k1s.append((rows["token_logps"] - rows["reference_token_logps"]).sum(-1).cpu())
-    scores = None
-    if judge is not None:
-        decoded = [policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in drawn]
-        scores = judge([texts[p.id] for p in prompts], decoded)
+    completions = tuple(policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in drawn)
+    asked = [texts[p.id] for p in prompts]
     return Samples(
         tuple(p.id for p in prompts),
+        tuple(s.ids for s in drawn),
+        completions,
         torch.cat(kls),
         torch.cat(k1s),
-        torch.tensor([len(s.ids) for s in drawn]),
         torch.tensor([s.finished for s in drawn]),
-        scores,
+        {name: judge(asked, completions) for name, judge in judges.items()},
     )
 
 
-def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+@torch.no_grad()
+def perplexity(policy: CausalLMPolicy, examples: Sequence[Example], micro_batch_tokens: int) -> float:
+    """exp of the mean negative log-prob of the completions' tokens: on neutral text, what a policy has kept of its language."""
+    total, tokens = 0.0, 0
+    for part in split_by_tokens(examples, micro_batch_tokens):
+        rows = policy.rows(pack(part, roles=flat_roles, dtype=policy.dtype), ["token_logps"])["token_logps"]
+        total += float(rows.sum(dtype=torch.float64))
+        tokens += sum(len(ids) for example in part for ids in example.completion_ids)
+    return math.exp(-total / tokens)
+
+
+def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams over all n-grams of all completions (Li et al. 2016 [li2016diversity]), in tokens; 1 without any.
+
+    It falls with the number of completions: compare equal numbers.
+    """
+    grams = [gram for ids in completions for gram in _ngrams(ids, n)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repetition(completions: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Share of a completion's n-grams that stand earlier in it, averaged over completions of at least n tokens.
+
+    seq-rep-n of Welleck et al. 2019 [welleck2019unlikelihood]: 1 - different n-grams / n-grams. 0 without such completions.
+    """
+    shares = [1 - len({*grams}) / len(grams) for grams in (_ngrams(ids, n) for ids in completions) if grams]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+def wilson_interval(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927), which stays inside [0, 1] at small n."""
     if n == 0:
         return 0.0, 1.0

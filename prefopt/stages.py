@@ -24,13 +24,18 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import losses
+from losses.registry import BoundLoss, Loss
+from losses.types import VOCABULARY
+from prefopt import algorithms
 from prefopt.data.records import Example, Labels
+from prefopt.errors import ConfigError
 from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.reference import completion_keys
 from prefopt.rewards import RewardModelScorer
+from prefopt.rewards.quality import measure_quality, ordered_pairs
 from prefopt.streams import Budget, OfflineStream
 from prefopt.trainer import fit
 
@@ -61,12 +66,14 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def examples_key(examples: Sequence[Example]) -> str:
-    """Content of a data set: token ids and order."""
+def examples_key(examples: Sequence[Example], *, labels: bool = False) -> str:
+    """Content of a data set: token ids and order, and, for what learns from them, labels."""
     digest = hashlib.sha256()
     for example in examples:
         keys = completion_keys(example)
         digest.update(len(keys).to_bytes(8, "little") + b"".join(keys))
+        if labels:
+            digest.update(repr(example.labels).encode())
     return digest.hexdigest()[:16]
 
 
@@ -105,12 +112,17 @@ def supervised_start(
     )
 
 
+# How many training rows centre a reward model's scores.
+_CENTRING_ROWS = 256
+
+
 def reward_model(
     model: Any,
     tokenizer: Any,
     train: Sequence[Example],
     held_out: Sequence[Example],
     *,
+    loss: BoundLoss,
     lora: LoRA | None,
     budget: Budget,
     optimization: Optimization,
@@ -120,22 +132,25 @@ def reward_model(
     console: Console | None = None,
     title: str = "reward model",
 ) -> tuple[RewardModelScorer, Stage]:
-    """A reward model trained with `bradley_terry` on pairs, or the weights of an earlier equal run.
+    """A reward model trained on pairs or ranked lists, or the weights of an earlier equal run.
 
-    Scores are shifted so that the mean over the first 256 training pairs is zero; their scale is left alone, because a
+    Scores are shifted so that the mean over the first 256 training rows is zero; their scale is left alone, because a
     Bradley-Terry reward is in log-odds and `kl_coef` then has the meaning of DPO's beta.
 
     Args:
         model: used in place; its LM head is not.
-        train: pairs, chosen first.
-        held_out: pairs for the reported accuracy.
+        train: pairs, chosen first, or lists with ranks, as the loss needs.
+        held_out: pairs for what is said of it.
+        loss: on rewards, hyper-parameters set.
         lora: adapters, or None to train the whole backbone.
     """
+    # "1": the format of the facts and of the head.
     key = content_key(
-        "reward",
+        "reward 1",
         fingerprint(model),
-        examples_key(train),
-        examples_key(held_out),
+        examples_key(train, labels=True),
+        examples_key(held_out, labels=True),
+        (loss.name, dict(loss.hyper)),
         lora and asdict(lora),
         asdict(budget),
         asdict(optimization),
@@ -151,26 +166,61 @@ def reward_model(
         scorer.offset = known.facts["offset"]
         return scorer, known
     begin = time.perf_counter()
-    stream = OfflineStream(train, kind="pairs", budget=budget, dtype=policy.dtype)
-    result = fit(policy, losses.get("bradley_terry").bind(), stream, optimization, console=console, title=title)
-    scorer.offset = float(scorer.score(train[:256]).mean())
-    facts: dict[str, Any] = {"offset": scorer.offset, "steps": result.steps, "train_pairs": len(train)}
-    facts |= pair_record(scorer, held_out)
+    stream = OfflineStream(train, kind=algorithms.stream_of(losses.get(loss.name)), budget=budget, dtype=policy.dtype)
+    result = fit(policy, loss, stream, optimization, console=console, title=title)
+    scorer.centre(train[:_CENTRING_ROWS])
+    facts = {"offset": scorer.offset, "steps": result.steps, "train_rows": len(train), **held_out_facts(scorer, held_out)}
     stage = Stage(key, result.tokens, time.perf_counter() - begin, False, facts)
     return scorer, _write_stage(folder, policy.trainable_state(), stage)
 
 
-def pair_record(scorer: RewardModelScorer, pairs: Sequence[Example]) -> dict[str, Any]:
-    """Accuracy on held-out pairs, which of them it gets right, and how its preferences follow length."""
-    if not pairs:
-        return {"pairs": 0, "right": [], "margins": []}
-    scores = scorer.score(pairs)
-    margins = scores[:, 0] - scores[:, 1]
-    return {
-        "pairs": len(pairs),
-        "right": [pair.id for pair, m in zip(pairs, margins, strict=True) if m > 0],
-        "margins": margins.tolist(),
-    }
+def reward_loss(name: str, **hyper: Any) -> BoundLoss:
+    """The loss that trains a reward model, its hyper-parameters set where they differ from 0.
+
+    Raises:
+        ConfigError: no such loss, one that trains no reward head alone, or one without such a hyper-parameter.
+    """
+    loss = algorithms.get(name).loss
+    if not trains_reward_model(loss):
+        known = ", ".join(other for other in algorithms.trainable_names() if trains_reward_model(losses.get(other)))
+        raise ConfigError(f"reward_loss {name!r} does not train a reward model; these do: {known}.")
+    try:
+        return loss.bind(**{key: value for key, value in hyper.items() if value})
+    except losses.UnknownName as error:
+        raise ConfigError(f"reward_loss {name}: {error}") from error
+
+
+def trains_reward_model(loss: Loss) -> bool:
+    """True when a reward head is all that a loss asks of the policy: what it trains is no language model any more."""
+    asked = [name for name in algorithms.loss_tensors(loss) if VOCABULARY[name].source == "policy"]
+    return bool(asked) and all(name.endswith("rewards") for name in asked)
+
+
+def trained_reward_model(
+    policy: CausalLMPolicy, loss: Loss, train: Sequence[Example], **limits: Any
+) -> RewardModelScorer | None:
+    """A trained policy as a scorer, centred as `reward_model`; None when the loss trained a language model.
+
+    Args:
+        limits: `max_length`, `max_completion_length` and `micro_batch_tokens` of scoring.
+    """
+    if not trains_reward_model(loss):
+        return None
+    scorer = RewardModelScorer(policy, **limits)
+    scorer.centre(train[:_CENTRING_ROWS])
+    return scorer
+
+
+def held_out_facts(scorer: RewardModelScorer, examples: Sequence[Example]) -> dict[str, Any]:
+    """Which held-out rows a reward model orders rightly (a tie is not), and its record on their pairs."""
+    if not examples:
+        return {"right": [], "quality": None}
+    right = [
+        example.id
+        for example, scores in zip(examples, scorer.lists(examples), strict=True)
+        if all(scores[better] > scores[worse] for better, worse in ordered_pairs(example))
+    ]
+    return {"right": right, "quality": measure_quality(scorer, examples).as_dict()}
 
 
 class _EveryCompletion(Sequence[Example]):

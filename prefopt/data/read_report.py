@@ -174,7 +174,7 @@ class ReadCounter:
     def add(self, record: Record) -> None:
         kind = _kind(record)
         self._kinds[kind] = self._kinds.get(kind, 0) + 1
-        for name in ("soft_label", "margin", "scores"):
+        for name in ("soft_label", "margin", "scores", "utility_id"):
             if getattr(record.labels, name) is not None:
                 self._labels[name] = self._labels.get(name, 0) + 1
         prompt, completions = _digest(record.prompt), [_digest(text) for text in record.completions]

@@ -32,6 +32,7 @@ class Labels:
         soft_label: probability that completion 0 is preferred to completion 1, in [0, 1].
         margin: annotated distance between completion 0 and completion 1, >= 0.
         scores: a frozen scorer's value of each completion.
+        utility_id: which of `rank_utility`'s utilities this prompt uses, from 0.
     """
 
     ranks: tuple[int, ...] | None = None
@@ -39,10 +40,11 @@ class Labels:
     soft_label: float | None = None
     margin: float | None = None
     scores: tuple[float, ...] | None = None
+    utility_id: int | None = None
 
     def as_list(self) -> list[Any] | None:
         """Plain values for JSON; None when nothing is known."""
-        values = [self.ranks, self.desirable, self.soft_label, self.margin, self.scores]
+        values = [self.ranks, self.desirable, self.soft_label, self.margin, self.scores, self.utility_id]
         return values if any(value is not None for value in values) else None
 
     @classmethod
@@ -50,8 +52,8 @@ class Labels:
         """The inverse of `as_list`, also after JSON has turned tuples into lists."""
         if values is None:
             return cls()
-        ranks, desirable, soft_label, margin, scores = values
-        return cls(_tuple(ranks), desirable, soft_label, margin, _tuple(scores))
+        ranks, desirable, soft_label, margin, scores, utility_id = values
+        return cls(_tuple(ranks), desirable, soft_label, margin, _tuple(scores), utility_id)
 
 
 def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:

@@ -129,7 +129,7 @@ def check_completions(completions: Sequence[Text]) -> None:
 
 def pair_labels(row: Mapping[str, Any]) -> Labels:
     """The labels of a preference row: its order, and the optional columns `margin`, `soft_label` (or `soft_labels`),
-    `chosen_score` with `rejected_score`. A column that is absent or None is no label.
+    `chosen_score` with `rejected_score`, `utility_id`. A column that is absent or None is no label.
 
     Raises:
         BadRow: a value out of range, or one score without the other.
@@ -146,7 +146,22 @@ def pair_labels(row: Mapping[str, Any]) -> Labels:
     if ("chosen_score" in found) != ("rejected_score" in found):
         raise BadRow("only one of chosen_score and rejected_score")
     scores = (found["chosen_score"], found["rejected_score"]) if "chosen_score" in found else None
-    return Labels(ranks=(0, 1), soft_label=soft_label, margin=margin, scores=scores)
+    return Labels(ranks=(0, 1), soft_label=soft_label, margin=margin, scores=scores, utility_id=utility_id(row))
 
 
-PAIR_LABELS = ("margin", "soft_label", "soft_labels", "chosen_score", "rejected_score")
+def utility_id(row: Mapping[str, Any]) -> int | None:
+    """The optional column `utility_id` of a pair or ranking: which of `rank_utility`'s utilities its prompt uses.
+
+    Raises:
+        BadRow: it is there, and no whole number from 0 on.
+    """
+    value = row.get("utility_id")
+    if value is None:
+        return None
+    number = check_number(value, "utility_id")
+    if number < 0 or not number.is_integer():
+        raise BadRow("utility_id is not a whole number from 0 on")
+    return int(number)
+
+
+PAIR_LABELS = ("margin", "soft_label", "soft_labels", "chosen_score", "rejected_score", "utility_id")

@@ -8,6 +8,7 @@
 | plain | prompt, completion | K=1 |
 | ranking | prompt, completions (or responses), ranks and/or scores | K>=2, ordered |
 
+Pairs and rankings may name their prompt's utility: `utility_id`.
 Every field is text, or every field is a conversation (a list of {"role", "content"}).
 """
 
@@ -33,6 +34,7 @@ from prefopt.data.rows import (
     content,
     pair_labels,
     safe,
+    utility_id,
 )
 
 Style = Literal["text", "conversational"]
@@ -157,6 +159,7 @@ def parse_ranking(row: Mapping[str, Any], column: str) -> Parsed:
     labels = Labels(
         ranks=tuple(levels.index(cost[i]) for i in order),
         scores=tuple(scores[i] for i in order) if scores is not None else None,
+        utility_id=utility_id(row),
     )
     return Parsed(prompt, tuple(completions[i] for i in order), labels)
 
@@ -175,7 +178,7 @@ HH = Format("hh dialogue pair", ("chosen", "rejected"), PAIR_LABELS, ("chosen", 
 LABELLED = Format("labelled", ("prompt", "completion", "label"), (), ("prompt", "completion"), parse_labelled)
 PLAIN = Format("plain", ("prompt", "completion"), (), ("prompt", "completion"), parse_plain)
 RANKINGS = tuple(
-    Format("ranking", ("prompt", column), ("ranks", "scores"), ("prompt",), partial(parse_ranking, column=column))
+    Format("ranking", ("prompt", column), ("ranks", "scores", "utility_id"), ("prompt",), partial(parse_ranking, column=column))
     for column in ("completions", "responses")
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
 from prefopt.forward import scatter_all, token_quantities
 from prefopt.models.attention import IMPLEMENTATION, Layout, build_layout
+from prefopt.models.attention_weights import ATTENTION, encode_watched
 from prefopt.models.fingerprint import fingerprint
-from prefopt.models.lora import LoRA, add_lora
+from prefopt.models.heads import check_lm_head, new_head
+from prefopt.models.lora import FIRST, LoRA, adapted_layers, add_lora, switched
 from prefopt.packing import PackedBatch
 
 # A linear head on a frozen-scale feature learns with steps ten times those of the backbone.
@@ -33,6 +35,7 @@ class CausalLMPolicy(nn.Module):
         model: any causal LM with the standard attention interface; used in place.
         tokenizer: saved beside the model.
         lora: adapters; None trains all weights.
+        more_adapters: names of adapters beside the policy's own, for `adapter`.
         heads: any of "value" (a value before each token) and "reward" (one at the last token).
         dropout: keep the model's dropout in training; off by default, so that policy and reference agree at step 0.
         checkpointing: keep only the inputs of the model's layers for backward and compute the layers twice (Chen 2016).
@@ -51,6 +54,7 @@ class CausalLMPolicy(nn.Module):
         tokenizer: Any,
         *,
         lora: LoRA | None = None,
+        more_adapters: Sequence[str] = (),
         heads: Collection[str] = (),
         dropout: bool = False,
         checkpointing: bool = False,
@@ -63,10 +67,12 @@ class CausalLMPolicy(nn.Module):
         self.lora = lora
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        _check_head(model)
-        self.model = model if lora is None else add_lora(model, lora)
+        check_lm_head(model)
+        self.model = model if lora is None else add_lora(model, lora, more_adapters)
+        self._adapters = {"policy": FIRST} | {name: name for name in more_adapters}
+        self._adapted = [] if lora is None else adapted_layers(self.model)
         base = self.base
-        self.heads = nn.ModuleDict({name: _new_head(name, base.config.hidden_size) for name in sorted(heads)})
+        self.heads = nn.ModuleDict({name: new_head(name, base.config.hidden_size) for name in sorted(heads)})
         self.heads.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         base.set_attn_implementation(IMPLEMENTATION)
         if checkpointing and not any(isinstance(module, GradientCheckpointingLayer) for module in base.modules()):
@@ -88,15 +94,22 @@ class CausalLMPolicy(nn.Module):
 
     @contextlib.contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
-        """Switches adapters off for None; "policy" is the only adapter so far."""
-        if name not in ("policy", None):
-            raise ConfigError(f"this policy has no adapter {name!r}; it has 'policy' (and None: adapters off).")
+        """Puts one adapter in force: "policy" is the one that acts, None is none."""
+        if name not in (*self._adapters, None):
+            known = ", ".join(map(repr, self._adapters))
+            raise ConfigError(f"this policy has no adapter {name!r}; it has {known} (and None: adapters off).")
         if name is None and self.lora is None:
             raise ConfigError(
                 "adapter=None means the reference under LoRA; a fully fine-tuned policy needs a reference model of its own."
             )
-        with self.model.disable_adapter() if name is None else contextlib.nullcontext():
+        with switched(self._adapted, None if name is None else self._adapters[name]):
             yield
+
+    @property
+    def in_force(self) -> str | None:
+        """peft's name of the adapter in force; None where there is none, or adapters are off."""
+        layer = self._adapted[0] if self._adapted else None
+        return None if layer is None or layer.disable_adapters else str(layer.active_adapters[0])
 
     @contextlib.contextmanager
     def plain_attention(self) -> Iterator[Any]:
@@ -124,12 +137,26 @@ class CausalLMPolicy(nn.Module):
         """
         layers = [m for m in self.base.modules() if isinstance(m, GradientCheckpointingLayer)] if self.checkpointing else []
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=self.dropout)
+            layer.forward = partial(
+                checkpoint, self._as_now(layer.forward), use_reentrant=False, preserve_rng_state=self.dropout
+            )
         try:
             yield
         finally:
             for layer in layers:
                 del layer.forward
+
+    def _as_now(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` with the adapter of now, also when backward calls it: another one may be in force by then."""
+        if not self._adapted:
+            return forward
+        name = self.in_force
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            with switched(self._adapted, name):
+                return forward(*arguments, **keywords)
+
+        return run
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[S, D] last hidden states of the packed tokens."""
@@ -143,7 +170,7 @@ class CausalLMPolicy(nn.Module):
     def rows(
         self, batch: PackedBatch, quantities: Collection[str], *, reference: FrozenReference | None = None
     ) -> dict[str, Tensor]:
-        """Row tensors: [N, T] `values` and the quantities of `forward.token_quantities`; [N] `rewards`.
+        """Row tensors: [N, T] `values`, the quantities of `forward.token_quantities` and `ATTENTION`; [N] `rewards`.
 
         Args:
             batch: on any device.
@@ -151,12 +178,13 @@ class CausalLMPolicy(nn.Module):
             reference: the live reference for full-vocabulary KLs.
         """
         batch = batch.to(self.device)
-        hidden = self.hidden(batch)
+        watched = [name for name in quantities if name in ATTENTION]
+        hidden, attention = encode_watched(self.encode, batch, watched) if watched else (self.hidden(batch), {})
         found: dict[str, Tensor] = {}
         for name, position in (("values", batch.predict), ("rewards", batch.last)):
             if name in quantities:
                 found[name] = self._head(name)(hidden[position]).squeeze(-1)
-        wanted = [name for name in quantities if name not in found]
+        wanted = [name for name in quantities if name not in found and name not in attention]
         if wanted:
             other = None
             if reference is not None:
@@ -171,7 +199,7 @@ class CausalLMPolicy(nn.Module):
                     reference=other,
                 )
         per_token = {name: value for name, value in found.items() if name != "rewards"}
-        return {**found, **scatter_all(batch, per_token)}
+        return {**found, **attention, **scatter_all(batch, per_token)}
 
     def evaluate(self, batch: PackedBatch, needs: Collection[str], *, adapter: str | None = "policy") -> dict[str, Tensor]:
         """See `Policy.evaluate`.
@@ -198,7 +226,7 @@ class CausalLMPolicy(nn.Module):
         groups: list[dict[str, Any]] = [
             {"params": [p for p in weights if p.dim() >= 2], "lr_scale": 1.0, "decay": True},
             {"params": [p for p in weights if p.dim() < 2], "lr_scale": 1.0, "decay": False},
-            {"params": list(self.heads.parameters()), "lr_scale": HEAD_LR_SCALE, "decay": False},
+            {"params": [p for p in self.heads.parameters() if p.requires_grad], "lr_scale": HEAD_LR_SCALE, "decay": False},
         ]
         return [group for group in groups if group["params"]]
 
@@ -333,39 +361,3 @@ def _quantity(name: str) -> str:
         if name.endswith(quantity):
             return quantity
     return name
-
-
-class _Head(nn.Linear):
-    """A scalar head that stays in its own precision under autocast: bf16 values overflow or quantise."""
-
-    def forward(self, states: Tensor) -> Tensor:
-        with torch.autocast(states.device.type, enabled=False):
-            return super().forward(states.to(self.weight.dtype))
-
-
-def _new_head(name: str, size: int) -> nn.Linear:
-    if name not in ("value", "reward"):
-        raise ConfigError(f"unknown head {name!r}; known: 'value', 'reward'.")
-    head = _Head(size, 1)
-    # V = 0 makes the first advantages the rewards themselves; r = 0 starts Bradley-Terry at log 2, where a random direction
-    # would be noise that a short training has to unlearn first.
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-@torch.no_grad()
-def _check_head(model: Any) -> None:
-    """The shared forward takes logits as head(hidden); architectures that rescale or cap them would be wrong silently."""
-    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=next(model.parameters()).device).unsqueeze(0)
-    training = model.training
-    model.set_attn_implementation("sdpa")
-    model.eval()
-    hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
-    expected, got = model(input_ids=ids, use_cache=False).logits, model.get_output_embeddings()(hidden)
-    model.train(training)
-    if not torch.allclose(expected, got, atol=1e-3, rtol=1e-3):
-        raise ConfigError(
-            f"{type(model).__name__}: its logits are not its output embedding of its last hidden state (largest difference "
-            f"{(expected - got).abs().max():.3g}); logit scaling or soft-capping is not supported by the shared forward."
-        )

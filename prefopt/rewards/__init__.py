@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from prefopt.rewards.scorers import RewardModelScorer, Scorer, as_reply, check_scores
+from prefopt.rewards.scorers import EnsembleScorer, RewardError, RewardModelScorer, Scorer, as_reply, check_scores, score
 
-__all__ = ["RewardModelScorer", "Scorer", "as_reply", "check_scores"]
+__all__ = ["EnsembleScorer", "RewardError", "RewardModelScorer", "Scorer", "as_reply", "check_scores", "score"]

@@ -20,7 +20,7 @@ from prefopt.errors import ConfigError, DataError
 from prefopt.generate import Decoding, Sample
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.packing import Sampling, flat_roles, pack, split_by_tokens
-from prefopt.rewards import Scorer, check_scores
+from prefopt.rewards import Scorer, score
 from prefopt.streams import Budget, epoch_order
 
 # Draws of a stream's generator must not repeat those of the data's order, which has the same seed.
@@ -67,8 +67,8 @@ class Workshop:
         samples = asked or default
         if samples < 1 or rollout_size < 1 or rollout_size % samples:
             raise ConfigError(
-                f"rollouts: rollout_size must be a multiple of samples_per_prompt, both at least 1; got {rollout_size} rollouts "
-                f"of {samples} samples a prompt."
+                "rollouts: rollout_size must be a multiple of samples_per_prompt, both at least 1; got "
+                f"{rollout_size} rollouts of {samples} samples a prompt."
             )
         return samples
 
@@ -161,8 +161,7 @@ class Collector:
         self.sampled += len(samples)
         self.generated_tokens += sum(len(sample.ids) for sample in samples)
         texts = [shop.policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
-        scores = shop.scorer([shop.texts[e.id] for e in prompts], texts)
-        check_scores(scores, [e.id for e in prompts])
+        scores = score(shop.scorer, [shop.texts[e.id] for e in prompts], texts, [e.id for e in prompts])
         finished = torch.tensor([sample.finished for sample in samples])
         # The same prompt may come twice in one collection: the draw's number makes ids unique.
         examples = [

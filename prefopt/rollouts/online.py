@@ -1,4 +1,4 @@
-"""Any offline loss on fresh samples of the policy: sample K completions of a prompt, order them by the reward, learn from the order.
+"""Any offline loss on fresh samples of the policy: K completions of a prompt, ordered by the reward.
 
 `online_dpo` is DPO on such pairs, `online_sft` imitates the best of K (rejection sampling), `online_kto` takes
 the better half for desirable: the stream that a loss calls for is filled from the policy instead of from a data set.
@@ -48,10 +48,10 @@ def online(
 
     Args:
         rollout_size: Completions sampled between updates of the sampling policy.
-        samples_per_prompt: Completions of one prompt; 0 takes 2 for pairs, else 4. Of more than two, a pair is the first and the
-            last of the order, and imitation takes the first.
-        ranking: bt draws each order from the Bradley-Terry (Plackett-Luce) model on the scores, as people's labels are modelled:
-            then online DPO's optimum is that of E[score] - beta KL. hard sorts by score, which has no finite optimum.
+        samples_per_prompt: Completions of one prompt; 0 takes 2 for pairs, else 4. Of more than two, a pair is the first and
+            the last of the order, and imitation takes the first.
+        ranking: bt draws each order from the Bradley-Terry (Plackett-Luce) model on the scores, as people's labels are
+            modelled: then online DPO's optimum is that of E[score] - beta KL. hard sorts by score, which has no finite optimum.
         ranking_temperature: Scores are divided by it before an order is drawn.
         temperature: Of sampling. Log-probs of the loss are always those at temperature 1.
         top_p: Nucleus of sampling.
@@ -198,8 +198,8 @@ class OnlineStream:
 def rank(scores: Tensor, ranking: Ranking, temperature: float, generator: torch.Generator) -> Tensor:
     """[G, K] indices of completions from best to worst by [G, K] scores.
 
-    "bt" draws an order from the Plackett-Luce model with utilities scores / temperature, by adding Gumbel noise and sorting (Yellott
-    1977); for K = 2 that is Bradley-Terry. "hard" sorts; ties keep the order of sampling, which is random.
+    "bt" draws an order from the Plackett-Luce model with utilities scores / temperature, by adding Gumbel noise and sorting
+    (Yellott 1977); for K = 2 that is Bradley-Terry. "hard" sorts; ties keep the order of sampling, which is random.
     """
     if ranking == "bt":
         uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)

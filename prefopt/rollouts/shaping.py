@@ -1,10 +1,10 @@
-"""What stands between a scorer and the advantages: scaling and clipping of scores, credit, the KL penalty and its controller."""
+"""What stands between scorer and advantages: scaling and clipping of scores, credit, the KL penalty and its controller."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 from losses.shaping import KLEstimator, adapted_kl_coef, token_kls, token_rewards
 from losses.types import Metric
 from prefopt.errors import ConfigError
-from prefopt.rollouts.collect import Rollouts
+from prefopt.rewards.credit import AttentionCredit, GeneratorCredit
+from prefopt.rollouts.collect import Rollouts, Workshop
 
 ScoreScale = Literal["none", "running", "batch"]
-Credit = Literal["sparse", "uniform"]
+Credit = Literal["sparse", "uniform", "attention", "generator"]
 CreditSource = Callable[[Rollouts, Tensor], Tensor | None]
 """(rollouts, mask [N, T]) -> weights [N, T] over each completion's tokens, or None for the last token alone."""
 
@@ -120,16 +121,24 @@ class Shaper:
         self._moments = state["moments"].clone()
 
 
-def credit_source(credit: str) -> CreditSource | None:
-    """Where the weights of a completion's tokens come from.
+def credit_source(credit: str, workshop: Workshop) -> tuple[Workshop, CreditSource | None]:
+    """Where the weights of a completion's tokens come from, and the workshop whose scorer knows them.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or a reward or policy without attention.
     """
     if credit == "sparse":
-        return None
+        return workshop, None
     if credit == "uniform":
-        return lambda found, mask: mask
+        return workshop, lambda found, mask: mask
+    if credit == "attention":
+        attention = AttentionCredit(workshop.scorer, workshop.policy.tokenizer)
+        return replace(workshop, scorer=attention.scorer), lambda found, mask: attention.weights(
+            [sample.ids for sample in found.samples], mask.shape[1]
+        )
+    if credit == "generator":
+        generator = GeneratorCredit(workshop.policy, workshop.budget.micro_batch_tokens)
+        return workshop, lambda found, mask: generator.weights(found.examples)
     raise ConfigError(f"rollouts: unknown credit {credit!r}; expected {', '.join(get_args(Credit))}.")
 
 

@@ -57,8 +57,8 @@ def rollouts(
         top_p: Nucleus of sampling; log-probs are renormalised inside it.
         max_new_tokens: Limit of a rollout's length; 0 takes the data's limit on completions.
         kl_coef: Price of one nat of KL to the reference.
-        kl_estimator: The penalty per token: k1 log(policy/reference), k2 its square / 2, k3 ratio - 1 - log ratio. Only k1 makes
-            the objective E[score] - kl_coef KL.
+        kl_estimator: The penalty per token: k1 log(policy/reference), k2 its square / 2, k3 ratio - 1 - log ratio. Only k1
+            makes the objective E[score] - kl_coef KL.
         kl_target: KL per completion, in nats, that an adaptive controller steers kl_coef to; 0 leaves kl_coef fixed.
         kl_horizon: Rollouts over which that controller may change kl_coef by a fifth.
         stop_kl: Leave a batch of rollouts when the policy has moved this far from the one that sampled it (approx_kl of an
@@ -67,7 +67,8 @@ def rollouts(
         scale_scores: none; running: divided by the standard deviation of all scores so far; batch: shifted and scaled to mean 0
             and standard deviation 1.
         clip_scores: Scores (after scaling) are cut to [-clip_scores, clip_scores]; 0 leaves them.
-        credit: Where the score goes: sparse, to the last token; uniform, to all tokens alike.
+        credit: Where the score goes: sparse, to the last token; uniform, to all tokens alike; attention, to where the reward
+            model looks as it scores (Chan 2024, who spread 0.8 of it); generator, to where the policy looked as it wrote.
         credit_beta: Share of the score that `credit` spreads; the rest stays at the last token.
         engine: What samples: own, or vllm (an extra; top_p must be 1).
     """
@@ -76,6 +77,7 @@ def rollouts(
             f"rollouts: rollout_size and ppo_epochs must be at least 1, temperature positive, top_p in (0, 1] and stop_kl not "
             f"negative; got {rollout_size}, {ppo_epochs}, {temperature}, {top_p} and {stop_kl}."
         )
+    workshop, weights = credit_source(credit, workshop)
     samples = workshop.samples(samples_per_prompt, 4 if "group_ids" in _inputs(workshop.advantage) else 1, rollout_size)
     _check_advantage(workshop)
     shaping = ShapingOptions(kl_coef, kl_estimator, kl_target, kl_horizon, scale_scores, clip_scores, credit_beta)
@@ -83,7 +85,7 @@ def rollouts(
     prompts = min(rollout_size // samples, max(1, len(workshop.examples)))
     source = build_engine(engine, workshop.eos_ids, decoding)
     collector = Collector(workshop, decoding, prompts, samples, missing_eos_penalty, source)
-    return RolloutStream(workshop, collector, Shaper(shaping, credit_source(credit)), ppo_epochs, stop_kl)
+    return RolloutStream(workshop, collector, Shaper(shaping, weights), ppo_epochs, stop_kl)
 
 
 def _check_advantage(workshop: Workshop) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from losses.registry import BoundLoss
 from prefopt.data.records import Example, Text
 from prefopt.data.report import DataReport
+from prefopt.hydra import HydraBase
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Baseline, FrontierPoint, Judge, Metric, PromptRow
-from prefopt.rewards import Scorer
+from prefopt.rewards.build import Reward
 from prefopt.stages import Stage
 
 
@@ -73,8 +74,18 @@ class Task(Protocol):
     def start(self) -> tuple[Any, Any]:
         """A fresh copy of the shared start, with its tokenizer: the caller trains it in place."""
 
-    def scorer(self, seed: int) -> tuple[Scorer, Stage]:
-        """The reward of on-policy algorithms: a reward model trained on the very same policy rows."""
+    @property
+    def hydra_base(self) -> HydraBase | None:
+        """With `--hydra joined` or `split`: the reward head of the shared start, which then is a Hydra base."""
+
+    def own_policies(self, heads: Collection[str]) -> tuple[CausalLMPolicy, FrozenReference] | None:
+        """A fresh policy with these heads and its reference, where they are no transformer; None: they are built at `start`."""
+
+    def scorer(self, seed: int) -> Reward:
+        """The reward of on-policy algorithms, as the options name it; by default a model trained on the same policy rows."""
+
+    def held_out(self) -> Sequence[Example]:
+        """Tokenised pairs that nothing is trained on, for what is said of a reward model."""
 
     def evaluate(
         self, policy: CausalLMPolicy, reference: FrozenReference, cache: ReferenceCache, loss: BoundLoss | None, seed: int

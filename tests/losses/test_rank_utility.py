@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from losses import LossOutput, Max, get, rank_utility_loss
+from losses.rank_utility import parse_utility
 
 RANKS = torch.tensor([[1, 0, 2], [2, 1, 0]])
 UTILITIES = ("linear", "log", "inverse", "log_sigmoid")
+EVERY = (*UTILITIES, "log_sigmoid:4", "power:0.5", "inverse_power:0.5")
 
 
 def tensor(*rows: list[float]) -> Tensor:
@@ -51,10 +54,51 @@ def utility_of(difference: float, utility: str) -> tuple[float, float]:
         ("inverse", -0.1, -10.0, 100.0),
         ("log_sigmoid", 0.3, -math.log1p(math.exp(-0.3)), 1 / (1 + math.exp(0.3))),
         ("log_sigmoid", -40.0, -40.0, 1.0),
+        ("log_sigmoid:4", -0.5, -math.log1p(math.exp(2)), 4 / (1 + math.exp(-2))),
+        ("power:0.5", 0.8, math.sqrt(0.9) - math.sqrt(0.1), 0.5 / math.sqrt(0.9)),
+        ("power:0.5", -0.2, -0.1 / math.sqrt(0.1), 0.5 / math.sqrt(0.1)),
+        ("inverse_power:0.5", 0.8, 1 / math.sqrt(0.1) - 1 / math.sqrt(0.9), 0.5 * 0.9**-1.5),
+        ("inverse_power:0.5", -0.2, -0.1 * 0.1**-1.5, 0.5 * 0.1**-1.5),
     ],
 )
 def test_rank_utility_closed_forms(utility: str, difference: float, value: float, slope: float) -> None:
     assert utility_of(difference, utility) == pytest.approx((value, slope), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("power:1", "linear"), ("inverse_power:1", "inverse"), ("log_sigmoid:1", "log_sigmoid")]
+)
+def test_rank_utility_two_names_of_one_utility(one: str, other: str) -> None:
+    rewards, mask = torch.randn(2, 3, dtype=torch.float64), torch.ones(2, 3)
+    torch.testing.assert_close(
+        rank_utility_loss(rewards, RANKS, mask, utility=one).loss, rank_utility_loss(rewards, RANKS, mask, utility=other).loss
+    )
+
+
+@pytest.mark.parametrize("exponent", [1e-3, -1e-3])
+def test_rank_utility_log_is_the_power_between(exponent: float) -> None:
+    """(x^g - 1)/g -> log x from above, and (1 - x^-s)/s from below."""
+    x = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    power = parse_utility(f"power:{exponent}" if exponent > 0 else f"inverse_power:{-exponent}")
+    torch.testing.assert_close(power(x, 0.1) / 1e-3, parse_utility("log")(x, 0.1), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("utility", EVERY)
+def test_utility_without_offset_is_its_limit(utility: str) -> None:
+    """Slopes and differences of U, since U(offset) itself goes to minus infinity for some."""
+    x = torch.linspace(0.2, 1.0, 5, dtype=torch.float64, requires_grad=True)
+    exact, near = (parse_utility(utility)(x, offset) for offset in (0.0, 1e-7))
+    torch.testing.assert_close(near.diff(), exact.diff(), rtol=1e-4, atol=0)
+    slopes = [torch.autograd.grad(values.sum(), x)[0] for values in (near, exact)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=0)
+
+
+def test_rank_utility_offset_is_where_the_slope_is_cut() -> None:
+    """log(0.3 + 0.2) - log 0.2; and float32 sees ties as exactly 0, whatever the offset."""
+    rewards = tensor([0.3, 0.0])
+    loss = rank_utility_loss(rewards, torch.tensor([[0, 1]]), torch.ones(1, 2), utility="log", offset=0.2, bounded=False)
+    assert -loss.mean().item() == pytest.approx(math.log(2.5))
+    assert all(parse_utility(name)(torch.zeros(1), 0.1).item() == 0 for name in EVERY if "sigmoid" not in name)
 
 
 def test_rank_utility_default_is_log_of_sigmoid_rewards_averaged_by_prompt() -> None:
@@ -62,7 +106,7 @@ def test_rank_utility_default_is_log_of_sigmoid_rewards_averaged_by_prompt() -> 
 
     U = log 8, log 5 and -3. The second list has one pair, 0.5 - 0.2: log 4. A prompt is a prompt.
     """
-    assert get("rank_utility").bind().hyper == {"utility": "log", "bounded": True}
+    assert get("rank_utility").bind().hyper == {"utility": "log", "offset": 0.1, "bounded": True}
     rewards = tensor([0.9, 0.2, 0.5], [0.2, 0.5, 0.7]).logit()
     out = rank_utility_loss(rewards, torch.tensor([[0, 1, 2], [1, 0, 2]]), tensor([1.0, 1.0, 1.0], [1.0, 1.0, 0.0]))
     first = -(math.log(8) + math.log(5) - 3) / 3
@@ -77,7 +121,7 @@ def test_rank_utility_prompts_without_a_pair_do_not_count() -> None:
     assert out.weight.tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize("utility", EVERY)
 def test_rank_utility_gradcheck(utility: str) -> None:
     mask = tensor([1.0, 1.0, 1.0], [1.0, 0.0, 1.0])
     rewards = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -123,7 +167,7 @@ def test_rank_utility_linear_collapses_to_two_rewards() -> None:
     torch.testing.assert_close(optimum("linear"), torch.tensor([1.0, 1, 1, 0, 0, 0]).double(), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("utility", ["log", "inverse", "log_sigmoid"])
+@pytest.mark.parametrize("utility", sorted(set(EVERY) - {"linear"}))
 def test_rank_utility_concave_optimum_is_symmetric(utility: str) -> None:
     """r_1 = 1, r_n = 0 and r_i + r_{n+1-i} = 1, from a start that is not; strictly between in the middle."""
     rewards = optimum(utility)
@@ -152,9 +196,31 @@ def test_rank_utility_optimum_solves_its_stationarity() -> None:
 
 def test_rank_utility_errors() -> None:
     arguments = torch.zeros(1, 2), torch.tensor([[0, 1]]), torch.ones(1, 2)
-    with pytest.raises(ValueError, match="unknown utility 'sqrt'; expected linear, log, inverse, log_sigmoid"):
+    expected = re.escape("linear, log, inverse, log_sigmoid[:k], power:g, inverse_power:s.")
+    with pytest.raises(ValueError, match=f"unknown utility 'sqrt'; expected {expected}"):
         rank_utility_loss(*arguments, torch.tensor([0]), utility="log,sqrt")
     with pytest.raises(ValueError, match="utility 'log,linear' names 2; give utility_ids, or name one"):
         rank_utility_loss(*arguments, utility="log,linear")
     with pytest.raises(ValueError, match="utility_ids go up to 2, but utility 'log,linear' names 2"):
         rank_utility_loss(*arguments, torch.tensor([2]), utility="log,linear")
+    with pytest.raises(ValueError, match=r"offset is 0\.0; expected > 0"):
+        rank_utility_loss(*arguments, offset=0.0)
+
+
+@pytest.mark.parametrize(
+    ("utility", "limit"),
+    [
+        ("power", r"in \(0, 1\]"),
+        ("power:1.5", r"in \(0, 1\]"),
+        ("power:0", r"in \(0, 1\]"),
+        ("power:half", r"in \(0, 1\]"),
+        ("inverse_power:-1", "> 0"),
+        ("inverse_power:inf", "> 0"),
+        ("log_sigmoid:nan", "> 0"),
+    ],
+)
+def test_rank_utility_parameters_out_of_range(utility: str, limit: str) -> None:
+    with pytest.raises(ValueError, match=f"utility '{utility}' needs a number {limit} behind its colon"):
+        rank_utility_loss(torch.zeros(1, 2), torch.tensor([[0, 1]]), torch.ones(1, 2), utility=utility)
+    with pytest.raises(ValueError, match="unknown utility 'log:2'"):
+        parse_utility("log:2")

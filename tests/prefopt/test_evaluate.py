@@ -16,7 +16,16 @@ import losses
 from prefopt import algorithms
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example
-from prefopt.evaluate import Samples, correlation, measure_pairs, sample_and_measure, wilson_interval
+from prefopt.evaluate import (
+    Samples,
+    correlation,
+    distinct_n,
+    measure_pairs,
+    perplexity,
+    repetition,
+    sample_and_measure,
+    wilson_interval,
+)
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy, head_names
 from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA
@@ -52,7 +61,7 @@ def measure(policy: CausalLMPolicy, reference: FrozenReference, per_prompt: int,
         "max_new_tokens": 3,
         "eos_ids": (WORLD.layout.eos,),
         "seed": 0,
-        "judge": None,
+        "judges": {},
         "micro_batch_tokens": 20_000,
         **changes,
     }
@@ -117,12 +126,12 @@ def test_means_of_samples() -> None:
         return torch.tensor([float(len(text)) for text in completions])
 
     policy, reference = build_pair()
-    samples = measure(policy, reference, per_prompt=50, judge=judge)
+    samples = measure(policy, reference, per_prompt=50, judges={"reader": judge})
     assert [prompt for prompt, _ in seen[::50]] == list(WORLD.prompts)
     symbols = samples.lengths - samples.finished.long()
-    assert samples.scores is not None
-    assert samples.scores.tolist() == symbols.tolist()
-    found = samples.metrics("reader")
+    assert samples.scores["reader"].tolist() == symbols.tolist()
+    assert [len(text) for text in samples.texts] == symbols.tolist()
+    found = samples.metrics()
     assert found == pytest.approx(
         {
             "kl": float(samples.kl.mean()),
@@ -131,10 +140,40 @@ def test_means_of_samples() -> None:
             "length": float(samples.lengths.sum()) / 200,
             "truncated": 1 - int(samples.finished.sum()) / 200,
             "score/reader": float(symbols.sum()) / 200,
+            "distinct_2": distinct_n(samples.completions, 2),
+            "repetition": 0.0,  # completions of three tokens have no 4-gram
         }
     )
     assert 0 < found["truncated"] < 1
-    assert "score/reader" not in measure(policy, reference, per_prompt=1).metrics("reader")
+    assert "score/reader" not in measure(policy, reference, per_prompt=1).metrics()
+    rows = samples.rows(7)
+    assert [(row.seed, row.judge, row.prompt_id) for row in rows] == [(7, "reader", id) for id in samples.ids]
+    assert [(row.score, row.length) for row in rows] == list(zip(symbols.tolist(), samples.lengths.tolist(), strict=True))
+    assert [row.kl for row in rows] == samples.kl.tolist()
+
+
+def test_distinct_n_by_hand() -> None:
+    """ababa and abc: pairs ab, ba, ab, ba, ab, bc: 3 different ones of 6; single tokens a, b, c: 3 of 8."""
+    completions = [(0, 1, 0, 1, 0), (0, 1, 2)]
+    assert distinct_n(completions, 2) == 3 / 6
+    assert distinct_n(completions, 1) == 3 / 8
+    assert distinct_n([(0,)], 2) == 1.0
+
+
+def test_repetition_by_hand() -> None:
+    """aaaaaa has three 4-grams, two of them repeats; abcde has two, none; abc has none and does not count."""
+    assert repetition([(0,) * 6, (0, 1, 2, 3, 4), (0, 1, 2)]) == pytest.approx((2 / 3 + 0) / 2)
+    assert repetition([(0, 1, 0, 1, 0)], n=2) == 2 / 4
+    assert repetition([(0, 1, 2)]) == 0.0
+
+
+def test_perplexity_is_that_of_the_enumerated_log_probs() -> None:
+    policy, _ = build_pair()
+    examples = [Example("a", WORLD.prompt_ids[0], ((0, 1, 2),)), Example("b", WORLD.prompt_ids[1], ((2, WORLD.layout.eos),))]
+    logps = exact_logps(0)
+    total = sum(float(logps[g, WORLD.layout.index(e.completion_ids[0])]) for g, e in enumerate(examples))
+    for budget in (5, 1000):
+        assert perplexity(policy, examples, budget) == pytest.approx(math.exp(-total / 5), rel=1e-9)
 
 
 def test_the_same_seed_draws_the_same_samples() -> None:

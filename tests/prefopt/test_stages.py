@@ -15,12 +15,13 @@ import losses
 from prefopt import stages
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example, Labels
+from prefopt.errors import ConfigError
 from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.packing import flat_roles, pack
 from prefopt.rewards import RewardModelScorer
-from prefopt.stages import Stage, content_key, examples_key, pair_record, reward_model, supervised_start
+from prefopt.stages import Stage, content_key, examples_key, held_out_facts, reward_loss, reward_model, supervised_start
 from prefopt.streams import Budget
 
 WORLD = ExactWorld(WorldConfig.tabular())
@@ -200,7 +201,7 @@ def rewards(cache: Path, model: Any = None, **changes: Any) -> tuple[RewardModel
     given: dict[str, Any] = {
         "train": preferring_a(64), "held_out": preferring_a(40, seed=7), "lora": None, "max_length": 16,
         "budget": Budget(batch_size=16, epochs=5), "optimization": Optimization(learning_rate=1e-2),
-        "max_completion_length": 8, **changes,
+        "max_completion_length": 8, "loss": reward_loss("bradley_terry"), **changes,
     }  # fmt: skip
     return reward_model(
         model or build_model(), WORLD.tokenizer, given.pop("train"), given.pop("held_out"), cache=cache, **given
@@ -211,14 +212,72 @@ def rewards(cache: Path, model: Any = None, **changes: Any) -> tuple[RewardModel
 def test_the_reward_model_learns_a_separable_preference(lora: LoRA | None, tmp_path: Path) -> None:
     """Held-out pairs are right, text is scored as rows are, and the training completions' mean is zero."""
     scorer, stage = rewards(tmp_path, lora=lora)
-    assert len(stage.facts["right"]) / stage.facts["pairs"] > 0.95
-    assert stage.facts["train_pairs"] == 64
+    assert len(stage.facts["right"]) / 40 > 0.95
+    assert stage.facts["quality"]["accuracy"] == pytest.approx(len(stage.facts["right"]) / 40)
+    assert stage.facts["quality"]["pairs"] == 40
+    assert stage.facts["train_rows"] == 64
     assert float(scorer.score(preferring_a(64)).mean()) == pytest.approx(0, abs=1e-5)
     assert abs(stage.facts["offset"]) > 1e-4
     scores = scorer(["ca", "ca"], ["ab", "bb"])
     assert scores[0] > scores[1] + 1
     by_rows = scorer.score([Example("x", (C, A), ((A, B, EOS), (B, B, EOS)))])
     torch.testing.assert_close(scores, by_rows[0])
+
+
+def fewer_bs(count: int, seed: int = 0) -> list[Example]:
+    """Lists of four: the fewer b, the better; they stand in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        order = torch.randperm(4, generator=generator).tolist()
+        ids = tuple((*[B] * bs, *[A] * (3 - bs), EOS) for bs in order)
+        rows.append(Example(f"{seed}:{i}", (C, i % 3), ids, Labels(ranks=tuple(order))))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["plackett_luce", "pairwise_ranking", "rank_utility"])
+def test_a_reward_model_learns_from_ranked_lists(name: str, tmp_path: Path, trainings: list[str]) -> None:
+    """Its record counts every pair of a held-out list; a row is right when its whole order is."""
+    scorer, stage = rewards(tmp_path, train=fewer_bs(64), held_out=fewer_bs(16, seed=7), loss=reward_loss(name))
+    assert trainings == [name]
+    assert stage.facts["quality"]["pairs"] == 16 * 6
+    assert stage.facts["quality"]["accuracy"] > 0.9
+    assert len(stage.facts["right"]) > 8
+    assert float(scorer.score(fewer_bs(64)).mean()) == pytest.approx(0, abs=1e-5)
+
+
+def soft(probability: float, margin: float | None = None) -> list[Example]:
+    labels = Labels(ranks=(0, 1), soft_label=probability, margin=margin)
+    return [Example(row.id, row.prompt_ids, row.completion_ids, labels) for row in preferring_a(64)]
+
+
+def test_soft_labels_margins_and_centring_reach_the_loss(tmp_path: Path) -> None:
+    """The gap settles where the loss with that label and margin is least; centring pulls a pair's sum to zero."""
+    given = {"budget": Budget(batch_size=64, epochs=30)}
+    for margin in (None, 2.0):
+        scores = rewards(tmp_path, train=soft(0.7, margin), **given)[0].score(preferring_a(64))
+        gap, m = (scores[:, 0] - scores[:, 1]).mean(), margin or 0.0
+        assert float(0.7 * torch.sigmoid(m - gap)) == pytest.approx(float(0.3 * torch.sigmoid(m + gap)), abs=0.02)
+    sums = []
+    for coefficient in (0.0, 1.0):
+        loss = reward_loss("bradley_terry", center_coef=coefficient)
+        scorer, stage = rewards(tmp_path, train=soft(0.7), loss=loss, **given)
+        sums.append(float((scorer.score(preferring_a(64)) + stage.facts["offset"]).sum(1).abs().mean()))
+    assert sums[1] < 0.2 * sums[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "message"),
+    [
+        ("dpo", {}, "'dpo' does not train a reward model; these do: bradley_terry"),
+        ("hydra_sft", {}, "'hydra_sft' does not train a reward model"),
+        ("plackett_luce", {"center_coef": 0.1}, "reward_loss plackett_luce: .*center_coef"),
+        ("bradley_tery", {}, "did you mean 'bradley_terry'"),
+    ],
+)
+def test_other_losses_are_refused(name: str, hyper: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reward_loss(name, **hyper)
 
 
 def test_an_equal_reward_model_gives_equal_scores_from_the_cache(tmp_path: Path, trainings: list[str]) -> None:
@@ -244,19 +303,21 @@ def test_global_generator_does_not_change_a_reward_model(tmp_path: Path) -> None
     assert torch.equal(found[0], found[1])
 
 
-def test_record_of_pairs() -> None:
-    """Margins by pair, which are right (a tie is not), and nothing for no pairs."""
+def test_record_of_held_out_rows() -> None:
+    """Which rows are right (a tie is not), and nothing for no rows."""
 
     class Fixed(RewardModelScorer):
         def __init__(self) -> None:
             pass
 
-        def score(self, examples: Any) -> Tensor:
-            return torch.tensor([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]])
+        def lists(self, examples: Any) -> tuple[Tensor, ...]:
+            return torch.tensor([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]]).unbind()
 
     pairs = preferring_a(3)
-    assert pair_record(Fixed(), pairs) == {"pairs": 3, "right": [pairs[0].id], "margins": [0.5, -2.0, 0.0]}
-    assert pair_record(Fixed(), []) == {"pairs": 0, "right": [], "margins": []}
+    facts = held_out_facts(Fixed(), pairs)
+    assert facts["right"] == [pairs[0].id]
+    assert facts["quality"]["accuracy"] == 0.5
+    assert held_out_facts(Fixed(), []) == {"right": [], "quality": None}
 
 
 def test_keys_follow_content() -> None:
@@ -268,5 +329,7 @@ def test_keys_follow_content() -> None:
     together = [Example("x", (C,), ((A,), (B,)))]
     apart = [Example("x", (C,), ((A,),)), Example("y", (C,), ((B,),))]
     assert examples_key(together) != examples_key(apart)
+    assert examples_key(soft(0.7)) == examples_key(soft(0.9))
+    assert examples_key(soft(0.7), labels=True) != examples_key(soft(0.9), labels=True)
     assert content_key("a", {"x": 1, "y": 2}) == content_key("a", {"y": 2, "x": 1})
     assert content_key("a", None) != content_key("a", 0)

@@ -237,6 +237,16 @@ def test_lists_of_different_lengths_in_one_batch() -> None:
         one_step(list(Lazy(2, k=1)), "groups")
 
 
+def test_lists_bring_the_utility_of_their_prompt() -> None:
+    """All rows or none; the tensor follows the step's order."""
+    rows = [replace(row, labels=replace(row.labels, utility_id=index % 2)) for index, row in enumerate(Lazy(3, k=4))]
+    batch, ordered = one_step(rows, "groups")
+    assert batch.data["utility_ids"].tolist() == [row.labels.utility_id for row in ordered]
+    assert "utility_ids" not in one_step(list(Lazy(3, k=4)), "groups")[0].data
+    with pytest.raises(DataError, match="row:1 has no utility_id, but other rows have one"):
+        one_step([rows[0], Lazy(2, k=4)[1]], "groups")
+
+
 KTO = frozenset({"policy_mismatched_logps", "desirable"})
 
 

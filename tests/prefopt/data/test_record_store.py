@@ -20,6 +20,7 @@ labels = st.one_of(
     st.just(Labels()),
     st.booleans().map(lambda desirable: Labels(desirable=desirable)),
     st.tuples(numbers, numbers).map(lambda s: Labels(ranks=(0, 1), soft_label=s[0], margin=s[1], scores=s)),
+    st.integers(0, 3).map(lambda number: Labels(ranks=(0, 1), utility_id=number)),
 )
 contents = st.tuples(st.one_of(said, conversations), st.lists(st.one_of(said, conversations), min_size=1, max_size=3), labels)
 

@@ -6,7 +6,7 @@ import pytest
 
 from prefopt.data.records import Labels
 from prefopt.data.rows import BadRow, MixedFormats
-from prefopt.data.trl_formats import FORMATS, detect, parse
+from prefopt.data.trl_formats import FORMATS, detect, parse, unused_columns
 
 
 def user(text: str) -> dict[str, str]:
@@ -61,6 +61,14 @@ def test_ranking_by_scores_alone() -> None:
     assert (parsed.completions, parsed.labels.ranks) == (("b", "a"), (0, 1))
 
 
+@pytest.mark.parametrize("column", ["completions", "responses"])
+def test_ranking_may_name_the_utility_of_its_prompt(column: str) -> None:
+    row = {"prompt": "p", column: ["a", "b"], "ranks": [0, 1]}
+    assert parse({**row, "utility_id": 0}, None)[0].labels == Labels(ranks=(0, 1), utility_id=0)
+    assert parse({**row, "utility_id": None}, None)[0].labels.utility_id is None
+    assert unused_columns({**row, "utility_id": 0}, parse(row, None)[1][0]) == set()
+
+
 @pytest.mark.parametrize(
     ("change", "labels"),
     [
@@ -68,6 +76,7 @@ def test_ranking_by_scores_alone() -> None:
         ({"soft_label": 0.25}, Labels(ranks=(0, 1), soft_label=0.25)),
         ({"soft_labels": 1, "margin": None}, Labels(ranks=(0, 1), soft_label=1.0)),
         ({"chosen_score": 3, "rejected_score": -1.5}, Labels(ranks=(0, 1), scores=(3.0, -1.5))),
+        ({"utility_id": 1.0}, Labels(ranks=(0, 1), utility_id=1)),
     ],
 )
 def test_optional_columns_become_labels(change: dict[str, Any], labels: Labels) -> None:
@@ -83,6 +92,9 @@ def test_optional_columns_become_labels(change: dict[str, Any], labels: Labels) 
         ({**PAIR, "soft_label": 1.5}, "soft_label is outside [0, 1]"),
         ({**PAIR, "soft_label": 0.5, "soft_labels": 0.5}, "both soft_label and soft_labels"),
         ({**PAIR, "chosen_score": 1}, "only one of chosen_score and rejected_score"),
+        ({**PAIR, "utility_id": -1}, "utility_id is not a whole number from 0 on"),
+        ({**PAIR, "utility_id": 0.5}, "utility_id is not a whole number from 0 on"),
+        ({**PAIR, "utility_id": "1"}, "utility_id has the wrong type"),
         ({**PAIR, "chosen": None}, "chosen is None"),
         ({**PAIR, "chosen": 3}, "chosen has the wrong type"),
         ({**PAIR, "chosen": " "}, "empty completion"),
