@@ -19,6 +19,7 @@ from prefopt.data.sources import load
 from prefopt.errors import ConfigError, DataError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.fingerprint import fingerprint
+from prefopt.models.hydra import BASED
 from prefopt.models.loading import load_model
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
@@ -133,7 +134,7 @@ def _text(options: Options, role: Role, cache: Path, console: Console | None) ->
     if role == "policy" and data.max_pairs:
         records = records[: data.max_pairs]
     limit = options.evaluation.eval_pairs
-    if asked.init == "as-is":
+    if asked.init == "as-is" and asked.hydra not in BASED:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if asked.device == "auto" else asked.device
         found = load_model(asked.model, cache=cache, device=device, trust_remote_code=asked.trust_remote_code)
         model, tokenizer = found.model, found.tokenizer

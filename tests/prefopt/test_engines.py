@@ -27,6 +27,8 @@ from prefopt.generate import Decoding, Sample, generate
 from prefopt.models.causal_lm import CausalLMPolicy, build_policy, head_names
 from prefopt.models.lora import LoRA
 from prefopt.rollouts import RolloutStream, Workshop, rollouts
+from prefopt.rollouts.collect import Collector
+from prefopt.rollouts.shaping import Shaper, ShapingOptions
 from prefopt.streams import Budget
 
 WORLD = ExactWorld(WorldConfig.tabular())
@@ -123,7 +125,9 @@ def test_a_rollout_stream_takes_any_engine_and_syncs_it_before_every_buffer() ->
     heads = head_names(algorithms.get("ppo").setting().loss.needs)
     policy, reference = build_policy(build_model(), WORLD.tokenizer, heads=heads)
     engine = Shouting(Sample((0, 1, EOS), True, None))
-    stream = RolloutStream(workshop(policy, reference), Decoding(3, 0.7), 8, 1, 1, 0.05, 0.0, engine)
+    shop = workshop(policy, reference)
+    shaping = ShapingOptions(0.05, "k1", 0.0, 1.0, "none", 0.0, 1.0)
+    stream = RolloutStream(shop, Collector(shop, Decoding(3, 0.7), 8, 1, 0.0, engine), Shaper(shaping), 1, 0.0)
     for batches in stream:
         for batch in batches:
             assert batch.mask.sum(-1).tolist() == [3.0] * 4
