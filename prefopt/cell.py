@@ -80,7 +80,7 @@ def run_cell(
     begin = time.perf_counter()
     torch.manual_seed(seed)
     training = task.training(seed)
-    policy, reference = _build_policies(task, setting, options)
+    policy, reference = build_policies(task, setting, options)
     known = ReferenceCache(
         reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens,
         on_progress=counter(console, "reference log-probs"),
@@ -116,7 +116,8 @@ def run_cell(
     return CellResult(cell, timing, rows, policy, trained)
 
 
-def _build_policies(task: Task, setting: Setting, options: Options) -> tuple[CausalLMPolicy, FrozenReference]:
+def build_policies(task: Task, setting: Setting, options: Options) -> tuple[CausalLMPolicy, FrozenReference]:
+    """A policy that starts at the task's shared start, with the heads that the loss calls for, and its reference."""
     heads = head_names(setting.loss.needs)
     if (own := task.own_policies(heads)) is not None:
         return own
@@ -138,8 +139,9 @@ def build_stream(
     known: ReferenceCache,
     budget: Budget,
     seed: int,
+    reward: Reward | None = None,
 ) -> tuple[OfflineStream | RolloutStream | OnlineStream, Reward | None]:
-    """The stream that the algorithm derives, and the reward that on-policy algorithms maximise."""
+    """The stream that the algorithm derives, and the reward that on-policy algorithms maximise: the task's, if none is given."""
     budget = replace(budget, seed=seed)
     if not setting.algorithm.on_policy:
         cache = known if setting.needs_reference else None
@@ -147,8 +149,9 @@ def build_stream(
             training.examples, kind=setting.algorithm.stream, budget=budget, needs=setting.loss.needs, reference=cache,
             dtype=policy.dtype,
         ), None  # fmt: skip
-    base = task.hydra_base
-    reward = task.scorer(seed) if base is None else base.reward(policy)
+    if reward is None:
+        base = task.hydra_base
+        reward = task.scorer(seed) if base is None else base.reward(policy)
     advantage = setting.algorithm.loss.advantage
     workshop = Workshop(
         policy, reference, reward.scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens,

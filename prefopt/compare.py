@@ -320,7 +320,7 @@ def _run_job(job: _Job) -> str | None:
             resume=bool(options.logging.save_every), console=console,
         )  # fmt: skip
         if job.save_policies:
-            result.policy.save(job.folder / "policy")
+            result.save(job.folder / "policy")
         write_json(job.folder / "timing.json", asdict(result.timing))
         (job.folder / PER_PROMPT_FILE).write_text("".join(json.dumps(asdict(row)) + "\n" for row in result.rows))
         write_json(job.folder / "cell.json", asdict(result.cell))  # last: it says that the cell is finished

@@ -59,6 +59,7 @@ def fit(
     communicator: Communicator | None = None,
     console: Console | None = None,
     title: str = "training",
+    starts_at_reference: bool = True,
 ) -> FitResult:
     """Trains `policy` on `stream` by `loss`, in place.
 
@@ -75,6 +76,8 @@ def fit(
         communicator: reductions over ranks; a single process by default.
         console: where progress and messages go; None is silent.
         title: of the progress bar.
+        starts_at_reference: False for a policy that has moved away from its reference already, as in later rounds of a loop:
+            then the first loss is not checked.
 
     Raises:
         TrainingError: a loss or gradient is not finite, or the first loss is not the one that policy = reference gives;
@@ -85,6 +88,7 @@ def fit(
     """
     optimization, logging = optimization or Optimization(), logging or Logging()
     run = _Run(policy, loss, stream, optimization, logging, folder, communicator or SingleProcess(), _sayer(console))
+    run.anchored = starts_at_reference
     if resume:
         run.restore()
     elif folder is not None and checkpoint.list_checkpoints(folder):
@@ -145,6 +149,7 @@ class _Run:
         self._planned = stream.total_steps  # rollouts may leave out some of them on the way
         self._from_policy = frozenset(name for name in loss.needs if VOCABULARY[name].source == "policy")
         self._in_training = False
+        self.anchored = True  # the first loss is compared with that of policy = reference
         self._began = time.perf_counter()
         self._timer = 0.0
 
@@ -193,7 +198,7 @@ class _Run:
             objectives = [t.coefficient * (out.loss * out.weight).sum() / weights[t.name] for t, out in outputs]
             for term, output in outputs:
                 self._record(term, output)
-            if self.step == 0 and outputs:
+            if self.step == 0 and self.anchored and outputs:
                 anchors.append(anchor_loss(plain, batch, tensors, weights))
             values.extend(value.detach() for value in objectives)
             parts = [*objectives, *surrogates.objectives(index, tensors)]

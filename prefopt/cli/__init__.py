@@ -1,4 +1,4 @@
-"""The command line: `prefopt train | compare | report | data | losses | laws | doctor`.
+"""The command line: `prefopt train | compare | iterate | report | data | losses | laws | doctor`.
 
 Commands are imported only when they are called, so that help and reports do not wait for torch.
 """
@@ -40,12 +40,20 @@ class _Command:
 _COMMANDS = {
     "train": _Command("Train one algorithm and measure the policy.", "prefopt.cli.train"),
     "compare": _Command("Train several algorithms on several seeds and write the report.", "prefopt.cli.compare"),
+    "iterate": _Command("Sample, label and learn in rounds, by a reward or by people.", "prefopt.cli.iterate"),
     "score": _Command("Score pairs by many losses on one forward pass: values, rewards, gradients.", "prefopt.cli.score"),
     "report": _Command("Make report.html anew from the results of a comparison.", "prefopt.cli.report"),
     "data": _Command("Look at preference data.", "prefopt.cli.data"),
     "losses": _Command("List the losses by family, or show one whole: equation, data, flags, paper.", "prefopt.cli.losses"),
     "laws": _Command("Check a loss against the laws that every loss obeys.", "prefopt.cli.laws"),
     "doctor": _Command("Show versions, devices and which extras are installed.", "prefopt.cli.doctor"),
+}
+
+# What a command does that is called again after an interruption.
+_AGAIN = {
+    "train": "with --resume goes on from the newest checkpoint",
+    "iterate": "with --resume goes on with what is not finished",
+    "compare": "goes on with what is not finished",
 }
 
 
@@ -64,11 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _build(wanted, tokens)(tokens, exit_on_error=False, print_error=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        again = "with --resume goes on from the newest checkpoint" if wanted == "train" else "goes on with what is not finished"
-        print(
-            f"interrupted. The same command{f' {again}' if wanted in ('train', 'compare') else ' starts again'}.",
-            file=sys.stderr,
-        )
+        print(f"interrupted. The same command {_AGAIN.get(wanted, 'starts again')}.", file=sys.stderr)
         return INTERRUPTED
     except CycloptsError as error:
         if debug:

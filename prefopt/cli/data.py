@@ -14,7 +14,7 @@ from prefopt.data.sources import OnBadRow, load
 from prefopt.data.token_store import SHOWN_FROM
 from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
-from prefopt.options import EXACT, default_cache
+from prefopt.options import EXACT, SENTIMENT, default_cache
 from prefopt.runlog import counter
 from prefopt.tokenize import Tokenizing
 
@@ -45,6 +45,8 @@ def _inspect(
         raise ConfigError(
             f"{EXACT!r} is the built-in world, which draws its pairs and reads no rows; name files, folders or hub ids."
         )
+    if any(name.startswith(SENTIMENT) for name in source):
+        raise ConfigError(f"{SENTIMENT}SOURCE names reviews, which are no preference data; `prefopt train` reports on them.")
     console = standard_console()
     loaded = load(source, on_bad_row=on_bad_row, as_chat=chat, cache=default_cache(), console=console)
     roles = split_roles(loaded.records).report

@@ -40,10 +40,12 @@ from prefopt.files import write_json
 from prefopt.machine import standard_console
 from prefopt.options import Options, default_cache
 from prefopt.report.schema import PER_PROMPT_FILE, Metric
+from prefopt.rewards.quality import Quality, measure_quality, quality_table
 from prefopt.runlog import FILE as METRICS_FILE
 from prefopt.tasks import build_task, prepare_process
 
 CONFIG_FILE, RESULT_FILE, POLICY_FOLDER = "config.json", "result.json", "policy"
+REWARD_FILE, RELIABILITY_FILE = "reward_report.json", "reliability.png"
 # A run by hand is worth resuming; a comparison's cells are short and many.
 SAVE_EVERY = 50
 _RUN, _LOSS = "Run", "--loss"
@@ -182,9 +184,15 @@ def train(
     console.print(render(report))
     _write_data_report(report, output)
     result = run_cell(task, setting, options, seed, label=name, cache=cache, folder=output, resume=resume, console=console)
-    result.policy.save(policy)
+    result.save(policy)
+    quality = None
+    if result.reward_model is not None:
+        quality = measure_quality(result.reward_model, task.held_out())
+        _write_quality(quality, name, output)
     _write_result(result, output)
     console.print(_metrics_table(result, task.metrics))
+    if quality is not None:
+        console.print(quality_table(quality, f"{name} as a reward model"))
     console.print(f"policy: {policy}", highlight=False, soft_wrap=True)
 
 
@@ -237,6 +245,13 @@ def _held(marker: Path) -> Any:
 def _write_data_report(report: DataReport, output: Path) -> None:
     (output / "data_report.txt").write_text(render_plain(report), encoding="utf-8")
     write_json(output / "data_report.json", report.as_dict())
+
+
+def _write_quality(quality: Quality, name: str, output: Path) -> None:
+    from prefopt.rewards.figures import reliability_png
+
+    write_json(output / REWARD_FILE, quality.as_dict())
+    (output / RELIABILITY_FILE).write_bytes(reliability_png(quality, name))
 
 
 def _write_result(result: CellResult, output: Path) -> None:
