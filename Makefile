@@ -73,12 +73,29 @@ bench-speed: $(STAMP) ## steps, starts and sampling beside TRL and the machine's
 bench-mutants: $(STAMP) ## would the loss tests notice a slip in losses/? 200 small changes, of which 95% must be killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants --json runs/mutants.json
 
+.PHONY: bench-hydra
+bench-hydra: $(STAMP) ## PPO's four roles on four models or one: peak memory, seconds a sample, reward; HH=folder for its prompts
+	$(BIN)/python -m benchmarks.hydra --model $(MODEL) $(if $(HH),--hh $(HH)) --json runs/hydra.json
+
 .PHONY: bench-zoo bench-zoo-tune
 bench-zoo: $(STAMP) ## every offline loss in the exact world; QUICK=1 is a part of it, FIGURES=folder draws
 	$(BIN)/python -m benchmarks.zoo $(if $(QUICK),--quick) $(if $(FIGURES),--figures $(FIGURES))
 
 bench-zoo-tune: $(STAMP) ## tune the losses of bench-zoo whose sweep is new or has changed
 	$(BIN)/python -m benchmarks.zoo --tune
+
+.PHONY: bench-collapse
+bench-collapse: $(STAMP) ## reward collapse against its closed forms; LISTS=file trains a reward model too, FIGURES=folder draws
+	$(BIN)/python -m benchmarks.collapse --json runs/collapse.json $(if $(QUICK),--quick) $(if $(LISTS),--lists $(LISTS)) $(if $(FIGURES),--figures $(FIGURES))
+
+.PHONY: bench-rlhf
+bench-rlhf: $(STAMP) ## on-policy algorithms against the exact optimum, best of n, a learned reward; finished cells are kept
+	$(BIN)/python -m benchmarks.rlhf --json runs/rlhf.json
+
+.PHONY: bench-abc
+bench-abc: $(STAMP) ## dense reward by attention on controlled sentiment: make bench-abc SENTIMENT=folder FIGURES=folder
+	@test -n "$(SENTIMENT)" || { echo "bench-abc needs reviews with text and label: make bench-abc SENTIMENT=path/to/reviews"; exit 2; }
+	$(BIN)/python -m benchmarks.abc --sentiment $(SENTIMENT) --json runs/abc.json $(if $(QUICK),--quick) $(if $(FIGURES),--figures $(FIGURES))
 
 clean: ## remove caches; .venv and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

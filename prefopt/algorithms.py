@@ -1,8 +1,8 @@
 """An algorithm is (stream, advantage function, loss): derived from the loss's signature, never listed.
 
 The stream follows from the tensors that the loss names; the advantage function from its registration; the algorithm's flags
-are the union of the three functions' keyword-only parameters. `online_<loss>` is an offline loss whose rows are sampled from the
-policy and ordered by the reward.
+are the union of the three functions' keyword-only parameters. `online_<loss>` is an offline loss whose rows are sampled from
+the policy and ordered by the reward.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def build_stream(
     seed: int,
     reward: Reward | None = None,
 ) -> tuple[OfflineStream | RolloutStream | OnlineStream, Reward | None]:
-    """The stream that the algorithm derives, and the reward that on-policy algorithms maximise: the task's, if none is given."""
+    """The stream that the algorithm derives, and the reward that on-policy algorithms maximise: the task's if none is given."""
     budget = replace(budget, seed=seed)
     if not setting.algorithm.on_policy:
         cache = known if setting.needs_reference else None

@@ -105,7 +105,8 @@ def generate(
     rows = [tuple(ids) for ids in prompts for _ in range(samples_per_prompt)]
     draws = _device_generator(generator, policy.device)
     samples: dict[int, Sample] = {}
-    for part in _waves(rows, decoding.batch_size):
+    # A table keeps no keys and values, so it says how many rows it takes at once.
+    for part in _waves(rows, getattr(policy, "rows_at_once", decoding.batch_size)):
         with few_rows(policy.base):
             drawn = _decode(policy, [rows[i] for i in part], decoding, draws, eos_ids)
         samples.update(zip(part, drawn, strict=True))
