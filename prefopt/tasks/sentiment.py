@@ -61,7 +61,7 @@ MAX_NEW_TOKENS = 32
 # The small language model: as large as a few minutes on two cores allow.
 VOCABULARY = 4096
 LANGUAGE_BUDGET = Budget(batch_size=16, max_steps=1200, micro_batch_tokens=8192)
-LANGUAGE_OPTIMIZATION = Optimization(learning_rate=6e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, adam_beta2=0.98)
+LANGUAGE_OPTIMIZATION = Optimization(learning_rate=3e-3, schedule="cosine", warmup=0.05, weight_decay=0.1)
 _POLICY_PROMPTS, _NEUTRAL_SENTENCES = 4096, 256
 # Seeds that no study uses: held-out pairs, and pairs for a Hydra base.
 _HELD_OUT, _HYDRA_PAIRS = 1_000_000, 1_000_001

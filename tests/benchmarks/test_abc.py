@@ -60,7 +60,7 @@ def results() -> Results:
 
 def test_settings_are_compared_with_the_sparse_run_of_their_seed() -> None:
     """Sparse ends at 34.5 slopes on average over its last ten, which its mean of five passes at collection 38 (its mean is 35
-    there) and a run of twice the slope (plus 0.02 a seed) at 20: (place - 2) * 2 > 34.5."""
+    there) and a run of twice the slope at collection 21 (its mean is 36)."""
     found = results()
     curves = read_curves(found)
     assert curves["fast"][1][:3] == pytest.approx([100.0, 102.02, 104.04])
