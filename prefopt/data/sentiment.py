@@ -105,10 +105,10 @@ def read_reviews(source: str, *, on_bad_row: sources.OnBadRow = "drop") -> Revie
 
 def _parts(source: str) -> Iterator[tuple[str, Iterable[tuple[int, Mapping[str, Any] | BadRow]]]]:
     """(name, numbered rows) of each file, or of each split of a hub's data set."""
-    paths = sources._find_files(source)
-    names = sources._short_names(paths, 1)
+    paths = sources.find_files(source)
+    names = sources.short_names(paths, 1)
     for path in paths:
-        yield names[path], sources._read_lines(path, names[path])
+        yield names[path], sources.read_lines(path, names[path])
     if not paths:
         for split, rows in hub_splits(source):
             yield f"{source}/{safe(split)}", enumerate(rows, start=1)

@@ -106,11 +106,11 @@ def load(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1.")
     options = _Options(on_bad_row, as_chat, limit)
-    files = {source: _find_files(source) for source in sources}
+    files = {source: find_files(source) for source in sources}
     if len(files) < len(sources):
         raise ConfigError(f"a data source is named twice in {', '.join(sources)}.")
-    file_names = _short_names([path for paths in files.values() for path in paths], 2)
-    source_names = _short_names([Path(source) for source, paths in files.items() if paths], 1)
+    file_names = short_names([path for paths in files.values() for path in paths], 2)
+    source_names = short_names([Path(source) for source, paths in files.items() if paths], 1)
     named = {source: source_names[Path(source)] if paths else source for source, paths in files.items()}
 
     def read(folder: Path) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _read_part(found: _Rows, options: _Options, reports: list[FileReport]) -> It
     reports.append(FileReport(part.name, name, rows, kept, part.official_test, drops.result(), tuple(sorted(ignored))))
 
 
-def _find_files(source: str) -> list[Path]:
+def find_files(source: str) -> list[Path]:
     """The files of a local source; none for a hub id.
 
     Raises:
@@ -237,7 +237,7 @@ def _walk(folder: Path) -> list[Path]:
     return list(found.values())
 
 
-def _short_names(paths: Sequence[Path], least: int) -> dict[Path, str]:
+def short_names(paths: Sequence[Path], least: int) -> dict[Path, str]:
     """The last `least` parts of each path, and more of them only where that is needed to tell two paths apart.
 
     Raises:
@@ -258,7 +258,7 @@ def _short_names(paths: Sequence[Path], least: int) -> dict[Path, str]:
 
 def _file_rows(paths: Sequence[Path], names: Mapping[Path, str], source: str) -> Iterator[_Rows]:
     for path in paths:
-        yield _Rows(Part(names[path], source, path.name.startswith("test")), _read_lines(path, names[path]))
+        yield _Rows(Part(names[path], source, path.name.startswith("test")), read_lines(path, names[path]))
 
 
 def _sha256(path: Path, name: str) -> str:
@@ -273,7 +273,7 @@ def _unreadable(name: str, error: OSError) -> DataError:
     return DataError(f"{name}: cannot be read ({error.strerror or error}).")
 
 
-def _read_lines(path: Path, name: str) -> Iterator[_Row]:
+def read_lines(path: Path, name: str) -> Iterator[_Row]:
     """(line number, row or what is wrong with it); blank lines are no rows.
 
     Raises:

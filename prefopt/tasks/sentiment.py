@@ -89,8 +89,8 @@ class SentimentTask:
         self._labels = parse_labels(options.data.labels, options.data.label_temperature)
         read = read_reviews(options.data.reviews, on_bad_row=options.data.on_bad_row)
         self._read = read.report
-        self._folds = split_folds(read.reviews)
-        self.gold = GoldReward(*_texts_and_labels(self._folds["gold"]))
+        self.folds = split_folds(read.reviews)
+        self.gold = GoldReward(*_texts_and_labels(self.folds["gold"]))
         self.lexicon = LexiconJudge()
         self._loaded = self._load()
         self.eos_ids = end_ids(self._loaded[1], self._loaded[0])
@@ -105,14 +105,14 @@ class SentimentTask:
         if asked.model:
             found = load_named(asked, self._cache)
             return found.model, found.tokenizer
-        tokenizer = train_tokenizer((o.prompt + o.rest for o in openings(self._folds["language"])), VOCABULARY)
+        tokenizer = train_tokenizer((o.prompt + o.rest for o in openings(self.folds["language"])), VOCABULARY)
         return small_llama(tokenizer, self._options.data.max_length).to(place(asked.device)), tokenizer
 
     @cached_property
     def _start(self) -> tuple[Any, Stage | None]:
         """The model after what it learned from the language fold."""
         model, tokenizer = self._loaded
-        texts = self._tokenize(openings(self._folds["language"]))
+        texts = self.tokenize(openings(self.folds["language"]))
         if self._options.model.model:
             return model, shared_start(self._options, model, tokenizer, texts, self._cache, self._console)
         return model, supervised_start(
@@ -184,14 +184,14 @@ class SentimentTask:
 
     def _test_pairs(self, model: Any) -> list[Example]:
         """Pairs on test prompts in the gold reward's order, without label noise."""
-        count = self._options.evaluation.eval_pairs or len(self._prompts("test"))
+        count = self._options.evaluation.eval_pairs or len(self.prompts("test"))
         return self._pairs(model, "test", count, parse_labels("deterministic"), _HELD_OUT)[0]
 
     def evaluate(
         self, policy: CausalLMPolicy, reference: FrozenReference, cache: ReferenceCache, loss: BoundLoss | None, seed: int
     ) -> Measured:
         budget, asked = self._options.budget.micro_batch_tokens, self._options.evaluation
-        prompts = self._prompts("test")[: asked.eval_prompts]
+        prompts = self.prompts("test")[: asked.eval_prompts]
         samples = sample_and_measure(
             policy, reference, [Example(p.id, p.ids, ()) for p in prompts], {p.id: p.text for p in prompts},
             max_new_tokens=min(asked.eval_tokens, self.max_new_tokens), eos_ids=self.eos_ids, seed=SAMPLING_SEED + seed,
@@ -243,12 +243,12 @@ class SentimentTask:
 
     def _judge_records(self, reward: Reward | None) -> tuple[Judge, ...]:
         """Accuracy on labelled reviews of a fold of their own (0 counts half); then that of learned rewards, on pairs."""
-        texts, positive = _texts_and_labels(self._folds["gold_test"])
+        texts, positive = _texts_and_labels(self.folds["gold_test"])
         found = {GOLD: self.gold.scores(texts), LEXICON: self.lexicon.scores(texts)}
         right = {name: _right(scores, positive) for name, scores in found.items()}
         shared = correlation((1 - right[GOLD]).tolist(), (1 - right[LEXICON]).tolist())
         notes = {
-            GOLD: f"logistic regression on {len(self._folds['gold'])} labelled reviews",
+            GOLD: f"logistic regression on {len(self.folds['gold'])} labelled reviews",
             LEXICON: "VADER, not fitted" + (f"; its errors correlate {shared:+.2f} with gold's" if shared is not None else ""),
         }
         lengths = [float(len(text.split())) for text in texts]
@@ -263,16 +263,16 @@ class SentimentTask:
         return *known, *(reward_model_record(name, stage, "pairs of seed 0") for name, stage in learned.items())
 
     def _fold_note(self) -> str:
-        sizes = ", ".join(f"{len(self._folds[fold]):,} {fold}" for fold in FOLDS)
+        sizes = ", ".join(f"{len(self.folds[fold]):,} {fold}" for fold in FOLDS)
         return (
             f"Reviews of {source_name(self._options.data.reviews)} by fold: {sizes}. The fold is a hash of a text's letters "
             "and digits, so no text is in two folds, and none that differs in case, punctuation or spacing only."
         )
 
     def _prompt_note(self) -> str:
-        data, asked = self._options.data, min(self._options.evaluation.eval_prompts, len(self._prompts("test")))
+        data, asked = self._options.data, min(self._options.evaluation.eval_prompts, len(self.prompts("test")))
         return (
-            f"Prompts are the first words of sentences: {len(self._prompts('policy')):,} to train on, {asked:,} to evaluate "
+            f"Prompts are the first words of sentences: {len(self.prompts('policy')):,} to train on, {asked:,} to evaluate "
             f"on. Completions have at most {self.max_new_tokens} tokens. Every seed draws {data.pairs:,} pairs of samples from "
             f"the shared start, labelled by the gold reward ({data.labels}). Accuracy is that on {len(self.held_out()):,} "
             "held-out pairs in the gold reward's order."
@@ -280,27 +280,28 @@ class SentimentTask:
 
     @cached_property
     def _neutral(self) -> Sequence[Example]:
-        return self._tokenize(openings(self._folds["neutral"])[:_NEUTRAL_SENTENCES])
+        return self.tokenize(openings(self.folds["neutral"])[:_NEUTRAL_SENTENCES])
 
     @cached_property
     def _prompts_by_fold(self) -> dict[Fold, list[Prompt]]:
         found: dict[Fold, list[Opening]] = {
-            "policy": openings(self._folds["policy"], every_length=True)[:_POLICY_PROMPTS],
-            "test": openings(self._folds["test"]),
+            "policy": openings(self.folds["policy"], every_length=True)[:_POLICY_PROMPTS],
+            "test": openings(self.folds["test"]),
         }
         return {
-            fold: [Prompt(o.id, o.prompt, e.prompt_ids) for o, e in zip(members, self._tokenize(members), strict=True)]
+            fold: [Prompt(o.id, o.prompt, e.prompt_ids) for o, e in zip(members, self.tokenize(members), strict=True)]
             for fold, members in found.items()
         }
 
-    def _prompts(self, fold: Fold) -> list[Prompt]:
+    def prompts(self, fold: Fold) -> list[Prompt]:
+        """Openings to be continued: "policy" to train on, "test" to evaluate on."""
         return self._prompts_by_fold[fold]
 
     def _pairs(
         self, model: Any, fold: Fold, count: int, labels: LabelModel, seed: int
     ) -> tuple[list[Example], dict[str, Text]]:
         """Samples of a model on a fold's prompts, labelled by the gold reward, and the prompts' texts by example id."""
-        prompts = self._prompts(fold)
+        prompts = self.prompts(fold)
         policy = CausalLMPolicy(copy.deepcopy(model), self._loaded[1])
         policy.train(False)
         # Of each token here: a whole completion's distribution cannot be flattened by sampling.
@@ -314,7 +315,8 @@ class SentimentTask:
         examples = label_pairs(pairs, prompts, rewards, labels, seed=seed, name=f"sentiment:{fold}:{seed}")
         return examples, {example.id: prompts[pair.prompt].text for example, pair in zip(examples, pairs, strict=True)}
 
-    def _tokenize(self, found: Sequence[Opening]) -> Sequence[Example]:
+    def tokenize(self, found: Sequence[Opening]) -> Sequence[Example]:
+        """Openings with what followed them as examples of one completion."""
         records = [Record(opening.id, opening.prompt, (opening.rest,)) for opening in found]
         limit = self._options.data.max_length
         return tokenize(records, self._loaded[1], max_length=limit, max_completion_length=limit // 2).examples

@@ -29,6 +29,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("ppo_offline", {"length_norm": norm, "advantage": "score"}) for norm in ("token", "seq_sum", "constant")),
     ("value", {"value_clip": None}),
     ("bradley_terry", {"center_coef": 0.01}),
+    *(("rank_utility", {"utility": name}) for name in ("power:0.5", "inverse_power:0.5", "log_sigmoid:4")),
     *(("f_dpo", {"divergence": name, "alpha": 0.3}) for name in ("reverse_kl", "js", "alpha")),
     ("ld_dpo", {"ld_alpha": 0.0}),
     ("wpo", {"aligned": False, "label_smoothing": 0.1}),

@@ -240,13 +240,13 @@ def test_length_baseline_counts_ties_as_half(tmp_path: Path) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose lines were read: a hit in the cache reads none."""
     seen: list[str] = []
-    original = sources._read_lines
+    original = sources.read_lines
 
     def counted(path: Path, name: str) -> Any:
         seen.append(path.name)
         return original(path, name)
 
-    monkeypatch.setattr(sources, "_read_lines", counted)
+    monkeypatch.setattr(sources, "read_lines", counted)
     return seen
 
 
