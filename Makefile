@@ -92,6 +92,11 @@ bench-collapse: $(STAMP) ## reward collapse against its closed forms; LISTS=file
 bench-rlhf: $(STAMP) ## on-policy algorithms against the exact optimum, best of n, a learned reward; finished cells are kept
 	$(BIN)/python -m benchmarks.rlhf --json runs/rlhf.json
 
+.PHONY: bench-sentiment
+bench-sentiment: $(STAMP) ## reward against KL and over-optimisation under a known reward: make bench-sentiment SENTIMENT=folder SENTIMENT_MODEL=name
+	@test -n "$(SENTIMENT)" || { echo "bench-sentiment needs reviews with text and label: make bench-sentiment SENTIMENT=path/to/reviews"; exit 2; }
+	$(BIN)/python -m benchmarks.sentiment --sentiment $(SENTIMENT) $(if $(SENTIMENT_MODEL),--model $(SENTIMENT_MODEL)) $(if $(QUICK),--quick) $(if $(FIGURES),--figures $(FIGURES)) --json runs/sentiment$(if $(SENTIMENT_MODEL),-model).json
+
 .PHONY: bench-abc
 bench-abc: $(STAMP) ## dense reward by attention on controlled sentiment: make bench-abc SENTIMENT=folder FIGURES=folder
 	@test -n "$(SENTIMENT)" || { echo "bench-abc needs reviews with text and label: make bench-abc SENTIMENT=path/to/reviews"; exit 2; }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prefopt.data.exact_world.solve import best_of_n_logps, kl
 from prefopt.data.records import Text
 from prefopt.engines import Engine
 from prefopt.errors import ConfigError
@@ -108,6 +109,18 @@ def kl_bound(n: int) -> float:
     """
     _check(n)
     return math.log(n) - (n - 1) / n
+
+
+def kl_of_ranks(scores: Tensor, n: int) -> Tensor:
+    """KL of best of n to the policy that it draws from, nats [G], from [G, M] scores of draws of that policy, M far above n.
+
+    Which draw is kept depends on ranks alone, so the KL follows from the ties among scores: that of the M draws taken for the
+    whole policy. It needs no log-probs, has much less noise than a mean of log-ratios, and is never above `kl_bound`; with M
+    near n it is too small.
+    """
+    _check(n)
+    uniform = torch.full(scores.shape, -math.log(scores.shape[1]), dtype=torch.float64)
+    return kl(best_of_n_logps(uniform, scores.double(), n), uniform)
 
 
 def _check(n: int) -> None:

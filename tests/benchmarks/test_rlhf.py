@@ -34,8 +34,8 @@ def small(study: RlhfStudy, monkeypatch: pytest.MonkeyPatch) -> RlhfStudy:
     longer = {"tabular": {"updates": 400, "samples": 512}}  # for those that have a longer budget in the study
     settings = {name: replace(setting, budget=longer if setting.budget else {}) for name, setting in study.settings.items()}
     return replace(
-        study, small=True, seeds=(0,), pairs=256, models={"tabular": ModelBudget(200, 256, 0.97)}, settings=settings, learned={},
-        best_of_n={"n": [2, 16], "choices": 800},
+        study, small=True, seeds=(0,), pairs=256, models={"tabular": ModelBudget(200, 256, 0.97)}, settings=settings,
+        learned={}, best_of_n={"n": [2, 16], "choices": 800},
     )  # fmt: skip
 
 
@@ -100,12 +100,12 @@ def test_the_page_says_what_was_met_and_what_failed(study: RlhfStudy) -> None:
         for spec in specs
     ]
     learned = [done(spec, 0.5, proxy=1.2, true=0.9) for spec in study.learned_specs()]
-    page = rlhf.markdown(study, [*results, *learned], [BestOfNRow(4, 0.63, 0.002, 0.631, 0.6363, 0.5, 0.4)])
+    page = rlhf.markdown(study, [*results, *learned], [BestOfNRow(4, 0.63, 0.002, 0.632, 0.631, 0.6363, 0.5, 0.4)])
     # t_{0.975, 2} = 4.303; s = 0.01.
     assert "| ppo | tabular | 98.0% ± 2.5% | 97% | the optimum |" in page
     assert "| rloo | tabular | 96.0% ± 0.0% | 97% missed |" in page
     assert "| +1.200 ± 0.000 | +0.900 ± 0.000 | 50.0% ± 0.0% |" in page
-    assert "| 4 | 0.6300 ± 0.0020 | 0.6310 | 0.6363 | +0.500 | 40.0% |" in page
+    assert "| 4 | 0.6300 ± 0.0020 | 0.6320 | 0.6310 | 0.6363 | +0.500 | 40.0% |" in page
     assert "- a2c, tabular, seed 0: ValueError: no" in page
     met = {row["setting"]: row["met"] for row in rlhf.lines(study, results)}
     assert met == {"ppo": True, "rloo": False}
@@ -142,7 +142,8 @@ def test_a_finished_cell_is_read_back(small: RlhfStudy, shared_cache: Path, tmp_
 def test_best_of_n_matches_enumeration(small: RlhfStudy, shared_cache: Path) -> None:
     for row in run_best_of_n(small, shared_cache):
         assert abs(row.sampled - row.exact) < 3 * row.error
-        assert row.exact < row.bound
+        assert row.ranks == pytest.approx(row.exact, rel=0.03)
+        assert max(row.ranks, row.exact) < row.bound
 
 
 @pytest.mark.slow
@@ -154,5 +155,5 @@ def test_every_algorithm_comes_to_rest_where_it_should(small: RlhfStudy, shared_
         if spec.setting.point == "optimum":
             assert result.share >= 0.97, spec.label
         if result.to_point is not None:
-            assert result.to_point < 0.1 < 0.3 < (result.start_to_point or 0), spec.label
+            assert result.to_point < 0.1 * (result.start_to_point or 0), spec.label
             assert abs(result.share - (result.point_share or 0)) < 0.03, spec.label

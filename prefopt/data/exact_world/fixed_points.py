@@ -30,6 +30,8 @@ from prefopt.errors import ConfigError, DataError
 _DAMPING = 0.5
 _ROUNDS = 400
 _SETTLED = 1e-10
+# Of an interval, until nothing is left of it in float64.
+_HALVINGS = 64
 
 
 def k3_in_loss(
@@ -127,7 +129,7 @@ def _balance(pull: Tensor, price: Tensor, reference: Tensor) -> Tensor:
     # With all of the numerator over the smallest and over the largest slack, c lies between these two.
     low = torch.zeros_like(floor)
     high = (price * reference).sum(-1, keepdim=True)
-    for _ in range(200):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
         above = (price * reference / (middle + slack)).sum(-1, keepdim=True) > 1
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
