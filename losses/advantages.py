@@ -160,9 +160,10 @@ def leave_one_out(
 
 def _group_means(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Size and mean [N] of each row's group."""
-    same = (group_ids[:, None] == group_ids[None, :]).to(values.dtype)
-    count = same.sum(-1)
-    return count, same @ values / count
+    groups, index = group_ids.unique(return_inverse=True)
+    empty = values.new_zeros(len(groups))
+    count = empty.index_add(0, index, torch.ones_like(values))
+    return count[index], (empty.index_add(0, index, values) / count)[index]
 
 
 def _std(values: Tensor) -> Tensor:
