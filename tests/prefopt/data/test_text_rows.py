@@ -57,15 +57,15 @@ def test_limits_select_the_first_rows_of_a_role(task: Any) -> None:
 
 def test_an_id_beyond_the_embedding_is_named_with_its_record(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose configuration has fewer rows than its tokenizer has ids."""
-    from prefopt.tasks import text
+    from prefopt.tasks import language
 
-    original = text.load_model
+    original = language.load_model
 
     def shrunk(*arguments: Any, **options: Any) -> Any:
         loaded = original(*arguments, **options)
         loaded.model.config.vocab_size = 4
         return loaded
 
-    monkeypatch.setattr(text, "load_model", shrunk)
+    monkeypatch.setattr(language, "load_model", shrunk)
     with pytest.raises(DataError, match=r"pairs\.jsonl:\d+: token id [45], but the model's embedding has 4 rows"):
         task()
