@@ -192,7 +192,7 @@ class _Run:
         anchors: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             tensors = self._tensors(batch)
-            outputs = [(term, term(tensors)) for term in plain]
+            outputs = [(term, _output(term, tensors)) for term in plain]
             if whole:
                 weights = {term.name: output.weight.detach().double().sum() for term, output in outputs}
             objectives = [t.coefficient * (out.loss * out.weight).sum() / weights[t.name] for t, out in outputs]
@@ -219,7 +219,7 @@ class _Run:
                 given = self._given(batch, term.needs | term.optional)
                 zeros = {name: torch.zeros(_shape(name, batch), device=self.device) for name in term.needs & self._from_policy}
                 with torch.no_grad():
-                    weight = term({**zeros, **given}).weight.double().sum()
+                    weight = _output(term, {**zeros, **given}).weight.double().sum()
                 totals[term.name] = totals[term.name] + weight if term.name in totals else weight
         return {name: self.communicator.sum(total) for name, total in totals.items()}
 
@@ -359,6 +359,14 @@ class _Run:
         self.result.tokens = tree["tokens"]
         checkpoint.load_generator_state(tree["generators"])
         self.say(f"resumed after step {step}.")
+
+
+def _output(term: BoundTerm, tensors: Mapping[str, Tensor]) -> LossOutput:
+    """A term's loss. What it says about its data or options is a message for the user, as from the rest of the loop."""
+    try:
+        return term(tensors)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
 
 
 def _sayer(console: Console | None) -> Callable[[str], None]:

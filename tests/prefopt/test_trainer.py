@@ -481,12 +481,18 @@ class Ahead(OfflineStream):
 
 
 def short_run(stream_type: type[OfflineStream], **options: Any) -> tuple[CausalLMPolicy, Any]:
-    """Ten steps of DPO at one learning rate; `steps` and `fit`'s options can be set."""
-    policy = tiny_policy()
+    """Ten steps of DPO at one learning rate; `steps`, its hyper-parameters and `fit`'s options can be set."""
+    policy, setting = tiny_policy(), algorithms.get("dpo").setting(**options.pop("hyper", {}))
     budget = Budget(batch_size=4, micro_batch_size=2, max_steps=options.pop("steps", 10), epochs=10)
     stream = stream_type(pairs(24), kind="pairs", budget=budget, reference=tiny_reference())
     optimization = Optimization(learning_rate=1e-2, schedule="constant", warmup=0)
-    return policy, fit(policy, algorithms.get("dpo").setting().loss, stream, optimization, **options)
+    return policy, fit(policy, setting.loss, stream, optimization, **options)
+
+
+def test_what_a_loss_says_about_its_options_is_an_error_for_the_user() -> None:
+    """A share that is none: the loss's own message, as the kind of error that is shown without a traceback."""
+    with pytest.raises(TrainingError, match=r"dpo_loss: label_smoothing is 0\.7"):
+        short_run(OfflineStream, hyper={"label_smoothing": 0.7})
 
 
 def equal_weights(first: CausalLMPolicy, second: CausalLMPolicy) -> bool:
