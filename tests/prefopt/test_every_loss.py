@@ -15,6 +15,7 @@ import losses
 from losses.types import VOCABULARY
 from prefopt import algorithms
 from prefopt.models.causal_lm import head_names
+from prefopt.stages import trains_reward_model
 
 STEPS = 20
 # Other tests register losses of their own in this process.
@@ -44,12 +45,17 @@ def test_trains_twenty_steps_from_its_name(
     assert list(steps) == list(range(1, STEPS + 1))
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps.values())
     needs = algorithms.get(name).setting().loss.needs
-    heads = head_names(needs)
-    if heads:
+    after = load_file(run / "policy" / "model.safetensors")
+    if trains_reward_model(losses.get(name)):  # saved as a sequence classifier, whose score is its head
+        trained = {"reward.weight": after.pop("score.weight")}
+    elif heads := head_names(needs):
         trained = load_file(run / "policy" / "heads.safetensors")
-        assert all(float(trained[f"{head}.weight"].abs().max()) > 0 for head in heads), "heads start at zero"
+        assert {f"{head}.weight" for head in heads} <= trained.keys()
+    else:
+        trained = {}
+    assert all(float(value.abs().max()) > 0 for key, value in trained.items() if key.endswith("weight")), "heads start at zero"
     (start,) = (own_cache / "sft").glob("*/weights.safetensors")
-    before, after = load_file(start), load_file(run / "policy" / "model.safetensors")
+    before = load_file(start)
     moved = {key: value for key, value in after.items() if not torch.equal(value, before[f"model.{key}"])}
     assert any(VOCABULARY[tensor].source == "policy" for tensor in needs)
     assert moved, "no weight of the model is another than at the start"
