@@ -94,7 +94,9 @@ def demonstrations(study: Study, labels: int, output: Path, cache: Path, console
     A demonstration is a person's positive sentence, imitated by SFT; a comparison is one label on two samples, for DPO, and for
     PPO through a reward model. All make the same number of updates on batches of the same size.
     """
-    options = replace(study.options, data=replace(study.options.data, pairs=labels))
+    # Demonstrations have no pairs to train a proxy on.
+    evaluation = replace(study.options.evaluation, proxy=False)
+    options = replace(study.options, data=replace(study.options.data, pairs=labels), evaluation=evaluation)
     settings: list[tuple[str, type[SentimentTask], str, dict[str, Any]]] = [
         (f"sft, {labels} demonstrations", Demonstrations, "sft", {}),
         (f"dpo, {labels} comparisons", SentimentTask, "dpo", {"beta": 0.1}),

@@ -55,6 +55,8 @@ def test_a_gain_is_one_when_both_intervals_lie_above_0_at_a_kl_below_the_bound(l
     assert row["raised"] is raised
     assert row["gain"][0] == pytest.approx(lift, abs=1e-12)
     assert (row["seeds"], row["prompts"], row["KL"][0]) == (3, 6, 4.0)
+    (alone,) = gains_table(made, [row for row in after if row.seed == 0], before, ["dpo"], bound)
+    assert alone["raised"] is False  # one seed has no interval over seeds
 
 
 def test_each_seed_is_stopped_where_the_others_are_highest() -> None:
