@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
 from cyclopts import App
 
 from prefopt.compare import environment
 
-_EXTRAS = {"data": "datasets", "peft": "peft", "stats": "scipy", "bench": "trl"}
+# A dependency as the package's metadata writes it, with the extra that it belongs to.
+_REQUIREMENT = re.compile(r"""^([\w.-]+).*;.*extra == ["'](\w+)["']""")
 
 
 def build(tokens: Sequence[str]) -> App:
@@ -21,8 +23,16 @@ def build(tokens: Sequence[str]) -> App:
 def _doctor() -> None:
     for name, value in environment().items():
         print(f"{name:13}{value}")
-    for extra, package in _EXTRAS.items():
+    for package, extra in optional_packages():
         try:
             print(f"[{extra}]".ljust(13) + f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             print(f"[{extra}]".ljust(13) + f"{package} is not installed: pip install -e '.[{extra}]'")
+
+
+def optional_packages() -> Iterator[tuple[str, str]]:
+    """Every package of the extras for users, and its extra, as pyproject.toml names them."""
+    for requirement in metadata.requires("prefopt") or ():
+        match = _REQUIREMENT.match(requirement)
+        if match and match[2] != "dev":
+            yield match[1], match[2]

@@ -64,6 +64,10 @@ def online(
             f"online: temperature and ranking_temperature must be positive, top_p in (0, 1] and ranking one of "
             f"{', '.join(get_args(Ranking))}; got {temperature}, {ranking_temperature}, {top_p} and {ranking!r}."
         )
+    if ranking == "hard" and ranking_temperature != 1:
+        raise ConfigError(
+            f"online: ranking_temperature is {ranking_temperature}, but a hard ranking sorts; leave one of them out."
+        )
     samples = workshop.samples(samples_per_prompt, 2 if kind == "pairs" else 4, rollout_size)
     if samples < 2:
         raise ConfigError("online: an order needs at least 2 samples a prompt; raise samples_per_prompt.")

@@ -24,6 +24,8 @@ from prefopt.streams import epoch_order
 
 # How far an update's policy is from the one that sampled: k3 of KL(old || policy), nats per token.
 _MOVED = "approx_kl"
+KL_HORIZON = 10_000.0
+"""Of the adaptive controller of the price of KL, as Ziegler et al. and trlx have it."""
 
 
 def rollouts(
@@ -38,7 +40,7 @@ def rollouts(
     kl_coef: float = 0.05,
     kl_estimator: KLEstimator = "k1",
     kl_target: float = 0.0,
-    kl_horizon: float = 10_000.0,
+    kl_horizon: float = KL_HORIZON,
     stop_kl: float = 0.0,
     missing_eos_penalty: float = 0.0,
     scale_scores: ScoreScale = "none",
@@ -81,6 +83,14 @@ def rollouts(
     samples = workshop.samples(samples_per_prompt, 4 if "group_ids" in _inputs(workshop.advantage) else 1, rollout_size)
     _check_advantage(workshop)
     shaping = ShapingOptions(kl_coef, kl_estimator, kl_target, kl_horizon, scale_scores, clip_scores, credit_beta)
+    if weights is None and credit_beta != 1:
+        raise ConfigError(
+            f"rollouts: credit_beta is {credit_beta}, but credit {credit!r} spreads nothing; leave one of them out."
+        )
+    if not kl_target and kl_horizon != KL_HORIZON:
+        raise ConfigError(
+            "rollouts: kl_horizon is of the controller that kl_target switches on; leave it out, or set kl_target."
+        )
     decoding = Decoding(max_new_tokens or workshop.max_new_tokens, temperature, top_p)
     prompts = min(rollout_size // samples, max(1, len(workshop.examples)))
     source = build_engine(engine, workshop.eos_ids, decoding)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,8 +261,14 @@ def test_laws_hold_for_the_shipped_losses(cli: Any) -> None:
     assert (done.code, done.last) == (0, f"{2 * len(LAWS)} laws checked, none broken")
 
 
-def test_doctor_names_versions(cli: Any) -> None:
-    assert torch.__version__ in cli("doctor").out
+def test_doctor_names_versions_and_every_extra(cli: Any) -> None:
+    shown = cli("doctor").out
+    assert torch.__version__ in shown
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, packages in extras.items():
+        for package in packages if extra != "dev" else ():
+            name = package.partition(">")[0]
+            assert re.search(rf"^\[{extra}\] +{name} ", shown, re.MULTILINE), package
 
 
 def test_inspect_reports_roles_and_with_a_model_tokens(

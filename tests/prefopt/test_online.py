@@ -144,6 +144,7 @@ def test_state_in_the_middle_of_a_collection(pair: tuple[CausalLMPolicy, FrozenR
         ({"samples_per_prompt": 5}, "must be a multiple of samples_per_prompt"),
         ({"ranking": "soft"}, "ranking one of bt, hard"),
         ({"ranking_temperature": 0.0}, "ranking_temperature must be positive"),
+        ({"ranking": "hard", "ranking_temperature": 0.5}, "a hard ranking sorts"),
         ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
     ],
 )

@@ -158,6 +158,8 @@ def test_the_shapers_state_survives_a_checkpoint(pair: tuple[CausalLMPolicy, Fro
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_coef must start above 0"),
         ({"credit_beta": 1.5}, r"in \[0, 1\]; got 1.5"),
         ({"credit": "late"}, "unknown credit 'late'"),
+        ({"credit_beta": 0.5}, "credit 'sparse' spreads nothing"),
+        ({"kl_horizon": 100.0}, "the controller that kl_target switches on"),
         ({"stop_kl": -1.0}, "stop_kl not negative"),
     ],
 )
