@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path)
     parser.add_argument("--figures", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes side by side, of one thread each; 1 gives a cell all cores (%(default)s)",
+    )
     asked = parser.parse_args(arguments)
     data = f"sentiment:{asked.sentiment}"
     plan = model_plan(data, asked.model) if asked.model else small_plan(data)
@@ -127,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = asked.output_dir or Path("runs/sentiment") / name
     console, cache = standard_console(), default_cache()
     try:
-        results = compare(plan.study, output, cache=cache, console=console)
+        results = compare(plan.study, output, cache=cache, workers=asked.workers, console=console)
         reference = reference_rows(plan.study, output, cache, console)
     except PrefoptError as error:
         raise SystemExit(f"error: {error}") from error
