@@ -17,10 +17,11 @@ from benchmarks.workloads import MeasuredStream
 from prefopt import algorithms
 from prefopt.cell import run_cell
 from prefopt.data.records import Example
-from prefopt.models.causal_lm import CausalLMPolicy, head_names
+from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.hydra import BASED, Hydra, build_roles
 from prefopt.models.loading import load_model
 from prefopt.models.lora import LoRA
+from prefopt.models.packed import head_names
 from prefopt.optimization import Optimization
 from prefopt.options import DataOptions, EvaluationOptions, ModelOptions, Options, SupervisedOptions, default_cache
 from prefopt.rewards import RewardModelScorer

@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 
 from prefopt.algorithms import Setting
+from prefopt.errors import ConfigError
 from prefopt.machine import peak_memory_mb
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.hydra import build_roles
 from prefopt.models.lora import LoRA
+from prefopt.models.packed import PackedPolicy, Reference, head_names
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.health import WATCHED
@@ -41,11 +43,11 @@ class CellResult:
     cell: Cell
     timing: CellTiming
     rows: tuple[PromptRow, ...]
-    policy: CausalLMPolicy
+    policy: PackedPolicy
     reward_model: RewardModelScorer | None = None
 
     def save(self, folder: Path) -> None:
-        """Writes the policy as what it is: a causal LM, or a reward model that `--reward` reads."""
+        """Writes the policy as what it is; a causal LM that became a reward model as one that `--reward` reads."""
         if self.reward_model is None:
             self.policy.save(folder)
         else:
@@ -80,7 +82,7 @@ def run_cell(
     begin = time.perf_counter()
     torch.manual_seed(seed)
     training = task.training(seed)
-    policy, reference = build_policies(task, setting, options)
+    policy, reference = build_policies(task, setting, options, seed)
     known = ReferenceCache(
         reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens,
         on_progress=counter(console, "reference log-probs"),
@@ -116,10 +118,10 @@ def run_cell(
     return CellResult(cell, timing, rows, policy, trained)
 
 
-def build_policies(task: Task, setting: Setting, options: Options) -> tuple[CausalLMPolicy, FrozenReference]:
+def build_policies(task: Task, setting: Setting, options: Options, seed: int) -> tuple[PackedPolicy, Reference]:
     """A policy that starts at the task's shared start, with the heads that the loss calls for, and its reference."""
     heads = head_names(setting.loss.needs)
-    if (own := task.own_policies(heads)) is not None:
+    if (own := task.own_policies(heads, seed)) is not None:
         return own
     model, tokenizer = task.start()
     lora = LoRA(r=options.model.lora, alpha=2 * options.model.lora) if options.model.lora else None
@@ -134,8 +136,8 @@ def build_stream(
     task: Task,
     setting: Setting,
     training: Training,
-    policy: CausalLMPolicy,
-    reference: FrozenReference,
+    policy: PackedPolicy,
+    reference: Reference,
     known: ReferenceCache,
     budget: Budget,
     seed: int,
@@ -149,17 +151,31 @@ def build_stream(
             training.examples, kind=setting.algorithm.stream, budget=budget, needs=setting.loss.needs, reference=cache,
             dtype=policy.dtype,
         ), None  # fmt: skip
+    speaker, frozen = language_models(policy, reference, f"{setting.algorithm.name} trains on")
     if reward is None:
         base = task.hydra_base
-        reward = task.scorer(seed) if base is None else base.reward(policy)
+        reward = task.scorer(seed) if base is None else base.reward(speaker)
     advantage = setting.algorithm.loss.advantage
     workshop = Workshop(
-        policy, reference, reward.scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens,
+        speaker, frozen, reward.scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens,
         setting.loss.needs, partial(advantage, **setting.advantage_options) if advantage is not None else None, policy.dtype,
     )  # fmt: skip
     if setting.algorithm.online:
         return online(workshop, setting.algorithm.stream, **setting.stream_options), reward
     return rollouts(workshop, **setting.stream_options), reward
+
+
+def language_models(policy: PackedPolicy, reference: Reference, who: str) -> tuple[CausalLMPolicy, FrozenReference]:
+    """Policy and reference as what can be sampled from.
+
+    Raises:
+        ConfigError: they are no language models.
+    """
+    if isinstance(policy, CausalLMPolicy) and isinstance(reference, FrozenReference):
+        return policy, reference
+    raise ConfigError(
+        f"{who} fresh completions of a language model; this data's policies learn offline: take dpo, ipo, cpl, …."
+    )
 
 
 def _path(result: FitResult, final: Mapping[str, float]) -> tuple[Mapping[str, float], ...]:

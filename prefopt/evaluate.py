@@ -16,6 +16,7 @@ from prefopt.data.records import Example, Text
 from prefopt.generate import Decoding, generate
 from prefopt.metrics import Meter
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.packed import PackedPolicy
 from prefopt.packing import flat_roles, pack, split_by_tokens
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import PromptRow
@@ -25,7 +26,7 @@ from prefopt.streams import Budget, OfflineStream
 
 @torch.no_grad()
 def measure_pairs(
-    policy: CausalLMPolicy, reference: ReferenceCache, pairs: Sequence[Example], loss: BoundLoss | None, micro_batch_tokens: int
+    policy: PackedPolicy, reference: ReferenceCache, pairs: Sequence[Example], loss: BoundLoss | None, micro_batch_tokens: int
 ) -> dict[str, float]:
     """Accuracy and margins of implicit rewards on held-out pairs: diagnostics, not results.
 

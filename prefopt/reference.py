@@ -27,6 +27,7 @@ from prefopt.data.records import Example
 from prefopt.errors import ConfigError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.fingerprint import fingerprint
+from prefopt.models.packed import Reference
 from prefopt.packing import PackedBatch, flat_roles, pack
 from prefopt.shards import UNKNOWN, Index, Shard, read_shard, unwritable, write_shard
 
@@ -61,7 +62,7 @@ class ReferenceCache:
 
     def __init__(
         self,
-        reference: FrozenReference,
+        reference: Reference,
         folder: Path | None = None,
         *,
         micro_batch_tokens: int = 8192,
@@ -290,6 +291,7 @@ class StartReference(FrozenReference):
         if policy.lora is not None:
             raise ConfigError("StartReference is for full fine-tuning; with LoRA build_policy makes no copy either.")
         super().__init__(policy, fingerprint(policy.model))
+        self._model = policy.model
         self._start = self._bit_sums()
 
     def hidden(self, batch: PackedBatch) -> Tensor:
@@ -305,7 +307,7 @@ class StartReference(FrozenReference):
     def _bit_sums(self) -> Tensor:
         """[weights] int64: exact in any order. A fused optimizer leaves no other trace, version counters included."""
         integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-        return torch.stack([p.detach().view(integers[p.element_size()]).sum() for p in self._policy.model.parameters()])
+        return torch.stack([p.detach().view(integers[p.element_size()]).sum() for p in self._model.parameters()])
 
     def _check(self) -> None:
         if not torch.equal(self._bit_sums(), self._start):

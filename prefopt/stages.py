@@ -32,6 +32,7 @@ from prefopt.errors import ConfigError
 from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA
+from prefopt.models.packed import PackedPolicy
 from prefopt.optimization import Optimization
 from prefopt.reference import completion_keys
 from prefopt.rewards import RewardModelScorer
@@ -94,11 +95,32 @@ def supervised_start(
         examples: the completion that stands first is imitated; with `both`, every completion.
         budget, optimization: of the stage.
     """
+    return supervised_stage(
+        CausalLMPolicy(model, tokenizer), fingerprint(model), examples, both=both, budget=budget, optimization=optimization,
+        cache=cache, console=console,
+    )  # fmt: skip
+
+
+def supervised_stage(
+    policy: PackedPolicy,
+    weights: str,
+    examples: Sequence[Example],
+    *,
+    both: bool,
+    budget: Budget,
+    optimization: Optimization,
+    cache: Path,
+    console: Console | None = None,
+) -> Stage:
+    """As `supervised_start` for any policy, in place.
+
+    Args:
+        weights: content address of the policy, and of what its token ids stand for.
+    """
     if both:
         examples = _EveryCompletion(examples)
-    key = content_key("sft", fingerprint(model), examples_key(examples), both, asdict(budget), asdict(optimization))
+    key = content_key("sft", weights, examples_key(examples), both, asdict(budget), asdict(optimization))
     folder = cache / "sft" / key
-    policy = CausalLMPolicy(model, tokenizer)
     known = _load_stage(folder, policy)
     if known is not None:
         return known
@@ -196,15 +218,13 @@ def trains_reward_model(loss: Loss) -> bool:
     return bool(asked) and all(name.endswith("rewards") for name in asked)
 
 
-def trained_reward_model(
-    policy: CausalLMPolicy, loss: Loss, train: Sequence[Example], **limits: Any
-) -> RewardModelScorer | None:
-    """A trained policy as a scorer, centred as `reward_model`; None when the loss trained a language model.
+def trained_reward_model(policy: PackedPolicy, loss: Loss, train: Sequence[Example], **limits: Any) -> RewardModelScorer | None:
+    """A trained policy as a scorer of text, centred as `reward_model`; None when it is no language model or stayed one.
 
     Args:
         limits: `max_length`, `max_completion_length` and `micro_batch_tokens` of scoring.
     """
-    if not trains_reward_model(loss):
+    if not (isinstance(policy, CausalLMPolicy) and trains_reward_model(loss)):
         return None
     scorer = RewardModelScorer(policy, **limits)
     scorer.centre(train[:_CENTRING_ROWS])
@@ -244,7 +264,7 @@ class _EveryCompletion(Sequence[Example]):
         return replace(example, id=f"{example.id}/{k}", completion_ids=(example.completion_ids[k],), labels=Labels())
 
 
-def _load_stage(folder: Path, policy: CausalLMPolicy) -> Stage | None:
+def _load_stage(folder: Path, policy: PackedPolicy) -> Stage | None:
     """The stage, its weights copied into `policy`; None when there is none. A damaged one is set aside."""
     if not (folder / _FACTS).exists():
         return None

@@ -64,7 +64,7 @@ def fit(
     """Trains `policy` on `stream` by `loss`, in place.
 
     Args:
-        policy: a causal LM, a control policy, or anything else with the protocol.
+        policy: a causal LM, or anything else with the protocol.
         loss: with its hyper-parameters.
         stream: yields the micro-batches of each update.
         optimization: learning rate, schedule, clipping; None takes the defaults.

@@ -1,4 +1,4 @@
-"""The command line: `prefopt train | compare | iterate | report | data | losses | laws | doctor`.
+"""The command line: `prefopt train | compare | iterate | report | data | control | losses | laws | doctor`.
 
 Commands are imported only when they are called, so that help and reports do not wait for torch.
 """
@@ -44,6 +44,7 @@ _COMMANDS = {
     "score": _Command("Score pairs by many losses on one forward pass: values, rewards, gradients.", "prefopt.cli.score"),
     "report": _Command("Make report.html anew from the results of a comparison.", "prefopt.cli.report"),
     "data": _Command("Look at preference data.", "prefopt.cli.data"),
+    "control": _Command("Make offline data of simulated control tasks, or look at it.", "prefopt.cli.control"),
     "losses": _Command("List the losses by family, or show one whole: equation, data, flags, paper.", "prefopt.cli.losses"),
     "laws": _Command("Check a loss against the laws that every loss obeys.", "prefopt.cli.laws"),
     "doctor": _Command("Show versions, devices and which extras are installed.", "prefopt.cli.doctor"),
@@ -54,6 +55,7 @@ _AGAIN = {
     "train": "with --resume goes on from the newest checkpoint",
     "iterate": "with --resume goes on with what is not finished",
     "compare": "goes on with what is not finished",
+    "control": "goes on with the shards that are missing",
 }
 
 

@@ -9,6 +9,7 @@ from importlib import metadata
 from cyclopts import App
 
 from prefopt.compare import environment
+from prefopt.control.simulate import mujoco_conflict
 
 # A dependency as the package's metadata writes it, with the extra that it belongs to.
 _REQUIREMENT = re.compile(r"""^([\w.-]+).*;.*extra == ["'](\w+)["']""")
@@ -28,6 +29,8 @@ def _doctor() -> None:
             print(f"[{extra}]".ljust(13) + f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             print(f"[{extra}]".ljust(13) + f"{package} is not installed: pip install -e '.[{extra}]'")
+    if (conflict := mujoco_conflict()) is not None:
+        print("[control]".ljust(13) + conflict)
 
 
 def optional_packages() -> Iterator[tuple[str, str]]:

@@ -89,8 +89,8 @@ class Example:
 
     Args:
         id: the record's id.
-        prompt_ids: at least one token.
-        completion_ids: K non-empty id sequences.
+        prompt_ids: at least one token; none where a completion stands by itself (a segment of control data).
+        completion_ids: K non-empty id sequences: tokens, or numbers of steps.
         labels: the record's labels.
     """
 

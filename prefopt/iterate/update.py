@@ -15,7 +15,7 @@ from rich.console import Console
 import losses
 from prefopt import checkpoint
 from prefopt.algorithms import Setting, stream_of
-from prefopt.cell import build_policies, build_stream
+from prefopt.cell import build_policies, build_stream, language_models
 from prefopt.data.records import Example
 from prefopt.errors import DataError, OutputError
 from prefopt.evaluate import measure_pairs
@@ -62,7 +62,7 @@ class Learner:
         self._task, self._setting, self._options, self._loop = task, setting, options, loop
         self._seed, self._cache, self._console = seed, cache, console
         torch.manual_seed(seed)
-        self.policy, self.start = build_policies(task, setting, options)
+        self.policy, self.start = language_models(*build_policies(task, setting, options, seed), "iterate needs")
         self._evaluated = self._log_probs(self.start, cache / "reference")
         self._known = self._log_probs(self.start)
         self._reward: Reward | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from losses.types import VOCABULARY
 from prefopt.errors import ConfigError
 from prefopt.forward import scatter_all, token_quantities
 from prefopt.models.attention import IMPLEMENTATION, Layout, build_layout
@@ -22,13 +21,14 @@ from prefopt.models.attention_weights import ATTENTION, encode_watched
 from prefopt.models.fingerprint import fingerprint
 from prefopt.models.heads import check_lm_head, new_head
 from prefopt.models.lora import FIRST, LoRA, adapted_layers, add_lora, switched
+from prefopt.models.packed import PackedPolicy, Reference
 from prefopt.packing import PackedBatch
 
 # A linear head on a frozen-scale feature learns with steps ten times those of the backbone.
 HEAD_LR_SCALE = 10.0
 
 
-class CausalLMPolicy(nn.Module):
+class CausalLMPolicy(PackedPolicy):
     """The policy protocol for a Hugging Face causal LM.
 
     Args:
@@ -87,10 +87,6 @@ class CausalLMPolicy(nn.Module):
     @property
     def vocabulary(self) -> int:
         return int(self.base.config.get_text_config().vocab_size)
-
-    def train(self, mode: bool = True) -> CausalLMPolicy:
-        """Dropout stays off unless it was asked for: a noisy log-ratio at step 0 is not zero."""
-        return super().train(mode and self.dropout)
 
     @contextlib.contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
@@ -201,25 +197,6 @@ class CausalLMPolicy(nn.Module):
         per_token = {name: value for name, value in found.items() if name != "rewards"}
         return {**found, **attention, **scatter_all(batch, per_token)}
 
-    def evaluate(self, batch: PackedBatch, needs: Collection[str], *, adapter: str | None = "policy") -> dict[str, Tensor]:
-        """See `Policy.evaluate`.
-
-        Raises:
-            ConfigError: KLs to a reference that this policy does not have.
-        """
-        quantities = sorted({_quantity(name) for name in needs})
-        live = "token_kls" in quantities
-        if live and self.reference is None:
-            raise ConfigError(
-                "the loss needs KLs over the whole vocabulary, and this policy has no reference to take them against: build "
-                "both by build_policy, or set policy.reference."
-            )
-        with self.adapter(adapter):
-            rows = self.rows(batch, quantities, reference=self.reference if live else None)
-        if "token_logps" in rows:
-            rows["policy_token_logps"] = rows.pop("token_logps")
-        return batch.to(self.device).tensors(needs, rows)
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Matrices decay, vectors do not; heads take larger steps."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -229,26 +206,6 @@ class CausalLMPolicy(nn.Module):
             {"params": [p for p in self.heads.parameters() if p.requires_grad], "lr_scale": HEAD_LR_SCALE, "decay": False},
         ]
         return [group for group in groups if group["params"]]
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Trainable tensors by name; tied weights appear once."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copies `state` into the trainable parameters.
-
-        Raises:
-            KeyError: names are missing or unexpected: another model, or other adapters.
-        """
-        own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if own.keys() != state.keys():
-            raise KeyError(
-                f"checkpoint does not fit: missing {sorted(own.keys() - state.keys())[:3]}, "
-                f"unexpected {sorted(state.keys() - own.keys())[:3]}."
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
 
     def save(self, folder: Path) -> None:
         """Model (or adapter), tokenizer and chat template in the Hugging Face layout; heads in heads.safetensors."""
@@ -277,49 +234,18 @@ class CausalLMPolicy(nn.Module):
         return contextlib.nullcontext()
 
 
-class FrozenReference:
-    """The reference: a model of its own, or a LoRA policy with its adapters off. Never carries gradient.
-
-    Args:
-        policy: the frozen model, or the policy whose adapters are switched off for every call.
-        weights: fingerprint of the weights without adapters; keys the cache of log-probs.
-    """
-
-    def __init__(self, policy: CausalLMPolicy, weights: str) -> None:
-        self._policy = policy
-        self._adapter = "policy" if policy.lora is None else None
-        self.weights = weights
-        self.device, self.dtype = policy.device, policy.dtype
+class FrozenReference(Reference):
+    """A causal LM as the reference."""
 
     @property
     def head(self) -> Any:
         """States -> logits; called while adapters may be on, which all-linear LoRA keeps off the head."""
         return self._policy.head
 
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[CausalLMPolicy]:
-        """The model as the reference: adapters and dropout off, without gradient."""
-        training = self._policy.training
-        self._policy.eval()
-        try:
-            with self._policy.adapter(self._adapter), torch.no_grad():
-                yield self._policy
-        finally:
-            self._policy.train(training)
-
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[S, D] last hidden states."""
-        with self._frozen() as model:
+        with self.frozen() as model:
             return model.hidden(batch)
-
-    def rows(self, batch: PackedBatch, quantities: Collection[str]) -> dict[str, Tensor]:
-        """As `CausalLMPolicy.rows`."""
-        with self._frozen() as model:
-            return model.rows(batch, quantities)
-
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """[N, T] log-probs under the batch's sampling distribution."""
-        return self.rows(batch, ["token_logps"])["token_logps"]
 
 
 def build_policy(
@@ -345,19 +271,3 @@ def build_policy(
         frozen.requires_grad_(False)
     policy.reference = FrozenReference(frozen, weights)
     return policy, policy.reference
-
-
-def head_names(needs: Collection[str]) -> tuple[str, ...]:
-    """The heads that a loss's tensors call for."""
-    quantities = {_quantity(name) for name in needs if VOCABULARY[name].source == "policy"}
-    return tuple(head for head, quantity in (("reward", "rewards"), ("value", "values")) if quantity in quantities)
-
-
-def _quantity(name: str) -> str:
-    """Which row quantity a policy tensor of the vocabulary follows from."""
-    if name.endswith("logps"):
-        return "token_logps"
-    for quantity in ("token_kls", "token_log_sum_sq", "rewards"):
-        if name.endswith(quantity):
-            return quantity
-    return name

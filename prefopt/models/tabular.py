@@ -78,13 +78,6 @@ class TabularPolicy(CausalLMPolicy):
         return self._readout
 
     @contextmanager
-    def adapter(self, name: str | None) -> Iterator[None]:
-        """A table has no adapters: only "policy" is in force."""
-        if name != "policy":
-            raise ConfigError(f"a table has no adapter {name!r}, and its reference is a table of its own.")
-        yield
-
-    @contextmanager
     def plain_attention(self) -> Iterator[Any]:
         """Itself: nothing to switch."""
         yield self

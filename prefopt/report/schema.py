@@ -126,7 +126,7 @@ class Results:
 
     schema_version: int
     title: str
-    task: Literal["exact", "text", "sentiment"]
+    task: Literal["exact", "text", "sentiment", "control"]
     settings: tuple[Setting, ...]
     seeds: tuple[int, ...]
     metrics: tuple[Metric, ...]

@@ -128,7 +128,7 @@ class ExactTask:
     def start(self) -> tuple[Any, Any]:
         return copy.deepcopy(self._shared[0]), self.world.tokenizer
 
-    def own_policies(self, heads: Collection[str]) -> tuple[CausalLMPolicy, FrozenReference] | None:
+    def own_policies(self, heads: Collection[str], seed: int) -> tuple[CausalLMPolicy, FrozenReference] | None:
         tabular = self._options.model.model == TABULAR
         return build_tabular(self.world, self.reference_next_logps, heads=heads) if tabular else None
 

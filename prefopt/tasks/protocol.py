@@ -10,7 +10,7 @@ from losses.registry import BoundLoss
 from prefopt.data.records import Example, Text
 from prefopt.data.report import DataReport
 from prefopt.hydra import HydraBase
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.packed import PackedPolicy, Reference
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Baseline, FrontierPoint, Judge, Metric, PromptRow
 from prefopt.rewards.build import Reward
@@ -78,7 +78,7 @@ class Task(Protocol):
     def hydra_base(self) -> HydraBase | None:
         """With `--hydra joined` or `split`: the reward head of the shared start, which then is a Hydra base."""
 
-    def own_policies(self, heads: Collection[str]) -> tuple[CausalLMPolicy, FrozenReference] | None:
+    def own_policies(self, heads: Collection[str], seed: int) -> tuple[PackedPolicy, Reference] | None:
         """A fresh policy with these heads and its reference, where they are no transformer; None: they are built at `start`."""
 
     def scorer(self, seed: int) -> Reward:
@@ -87,10 +87,8 @@ class Task(Protocol):
     def held_out(self) -> Sequence[Example]:
         """Tokenised pairs that nothing is trained on, for what is said of a reward model."""
 
-    def evaluate(
-        self, policy: CausalLMPolicy, reference: FrozenReference, cache: ReferenceCache, loss: BoundLoss | None, seed: int
-    ) -> Measured:
-        """Every metric of a policy."""
+    def evaluate(self, policy: Any, reference: Any, cache: ReferenceCache, loss: BoundLoss | None, seed: int) -> Measured:
+        """Every metric of a policy, which with its reference is of the kind that this task's cells train."""
 
     def shared(self, *, on_policy: bool) -> Shared:
         """Facts about the reference, judges and baselines; trains what cells will load from the cache."""

@@ -87,7 +87,7 @@ class SentimentTask:
                 "on reviews."
             )
         self._labels = parse_labels(options.data.labels, options.data.label_temperature)
-        read = read_reviews(options.data.reviews, on_bad_row=options.data.on_bad_row)
+        read = read_reviews(options.data.source, on_bad_row=options.data.on_bad_row)
         self._read = read.report
         self.folds = split_folds(read.reviews)
         self.gold = GoldReward(*_texts_and_labels(self.folds["gold"]))
@@ -145,7 +145,7 @@ class SentimentTask:
     def start(self) -> tuple[Any, Any]:
         return copy.deepcopy(self._shared[0]), self._loaded[1]
 
-    def own_policies(self, heads: Collection[str]) -> None:
+    def own_policies(self, heads: Collection[str], seed: int) -> None:
         return None
 
     def training(self, seed: int) -> Training:
@@ -265,7 +265,7 @@ class SentimentTask:
     def _fold_note(self) -> str:
         sizes = ", ".join(f"{len(self.folds[fold]):,} {fold}" for fold in FOLDS)
         return (
-            f"Reviews of {source_name(self._options.data.reviews)} by fold: {sizes}. The fold is a hash of a text's letters "
+            f"Reviews of {source_name(self._options.data.source)} by fold: {sizes}. The fold is a hash of a text's letters "
             "and digits, so no text is in two folds, and none that differs in case, punctuation or spacing only."
         )
 

@@ -119,7 +119,7 @@ class TextTask:
     def start(self) -> tuple[Any, Any]:
         return copy.deepcopy(self._start[0]), self._tokenizer
 
-    def own_policies(self, heads: Collection[str]) -> None:
+    def own_policies(self, heads: Collection[str], seed: int) -> None:
         return None
 
     def training(self, seed: int) -> Training:

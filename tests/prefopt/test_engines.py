@@ -24,8 +24,9 @@ from prefopt.data.records import Example
 from prefopt.engines import OwnEngine, build_engine, merged_weights, save_merged
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.generate import Decoding, Sample, generate
-from prefopt.models.causal_lm import CausalLMPolicy, build_policy, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, build_policy
 from prefopt.models.lora import LoRA
+from prefopt.models.packed import head_names
 from prefopt.rollouts import RolloutStream, Workshop, rollouts
 from prefopt.rollouts.collect import Collector
 from prefopt.rollouts.shaping import Shaper, ShapingOptions

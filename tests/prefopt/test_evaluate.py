@@ -26,9 +26,10 @@ from prefopt.evaluate import (
     sample_and_measure,
     wilson_interval,
 )
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
 from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA
+from prefopt.models.packed import head_names
 from prefopt.packing import flat_roles, pack
 from prefopt.reference import ReferenceCache
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import losses
 from losses.types import VOCABULARY
 from prefopt import algorithms
-from prefopt.models.causal_lm import head_names
+from prefopt.models.packed import head_names
 from prefopt.stages import trains_reward_model
 
 STEPS = 20

@@ -29,8 +29,9 @@ from prefopt.algorithms import Setting
 from prefopt.data.exact_world import ExactWorld, WorldConfig, expected
 from prefopt.data.records import Example, Message
 from prefopt.errors import ConfigError, DataError, TrainingError
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
 from prefopt.models.fingerprint import fingerprint
+from prefopt.models.packed import head_names
 from prefopt.optimization import Logging, Optimization
 from prefopt.packing import PackedBatch
 from prefopt.reference import ReferenceCache

@@ -25,8 +25,9 @@ from losses.types import LossOutput
 from prefopt import algorithms, checkpoint, trainer
 from prefopt.data.records import Example
 from prefopt.errors import ConfigError, OutputError, TrainingError
-from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, head_names
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.fingerprint import fingerprint
+from prefopt.models.packed import head_names
 from prefopt.optimization import Logging, Optimization, UpdateGuard
 from prefopt.packing import PackedBatch
 from prefopt.reference import ReferenceCache
