@@ -178,6 +178,8 @@ class ControlOptions:
         segment_length: Steps of a segment.
         segments: Segments that the pairs are drawn from: many pairs of few segments are dense comparisons. 0 takes two segments
             of its own for each pair, sparse ones.
+        keep_best: Leaves out pairs whose chosen segment is not in this share of the segments, by the labeller's score: sft on
+            them is %BC.
         preferences: What the labeller compares: the regret of a segment's actions, or its return.
         label_discount: Of both, over the steps of a segment; 0 takes the decision process's own (1 for simulated tasks).
         hidden: Widths of the policy's hidden layers; a table has none.
@@ -186,6 +188,7 @@ class ControlOptions:
 
     segment_length: int = 64
     segments: int = 0
+    keep_best: float = 1.0
     preferences: Literal["regret", "return"] = "regret"
     label_discount: float = 0.0
     hidden: tuple[int, ...] = (256, 256)
@@ -194,6 +197,8 @@ class ControlOptions:
     def __post_init__(self) -> None:
         if self.segment_length < 1 or self.segments < 0:
             raise ConfigError(f"segment_length must be at least 1 and segments not negative; got {self}.")
+        if not 0 < self.keep_best <= 1:
+            raise ConfigError(f"keep_best must be in (0, 1], got {self.keep_best}.")
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,13 @@ class Options:
     logging: Logging = field(default_factory=Logging)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     control: ControlOptions = field(default_factory=ControlOptions)
+
+    def __post_init__(self) -> None:
+        idle = [f.name for f in fields(self.control) if getattr(self.control, f.name) != f.default]
+        if idle and self.data.task != "control":
+            raise ConfigError(
+                f"{idle[0]} is an option of control, and data is {' '.join(self.data.data)}: leave one of them out."
+            )
 
     @property
     def tiny(self) -> bool:

@@ -100,6 +100,7 @@ def compare_segments(
     length: int,
     seed: int,
     segments: int = 0,
+    keep_best: float = 1.0,
     episodes: Collection[int] | None = None,
     name: str = "pair",
 ) -> Comparisons:
@@ -111,6 +112,8 @@ def compare_segments(
         seed: of the draw of segments, of who meets whom, and of the labels.
         segments: 0 takes two segments of its own for each pair (the paper's sparse comparisons); K lets P different pairs of K
             segments meet, so that a segment is compared many times (dense: P up to K(K-1)/2).
+        keep_best: leaves out pairs whose chosen segment is not in this share of the segments, by the labeller's score. What
+            imitates chosen segments then is %BC (Hejna et al. 2023, section 4 [hejna2023cpl]).
         episodes: those that segments are cut from; None is all.
         name: heads the examples' ids.
 
@@ -141,6 +144,11 @@ def compare_segments(
         first_wins = coins < model.probability(gap, torch.zeros_like(gap))
     a, b = torch.from_numpy(first), torch.from_numpy(second)
     chosen, rejected = torch.where(first_wins, a, b), torch.where(first_wins, b, a)
+    if keep_best < 1:
+        kept = scores[chosen] >= scores.quantile(1 - keep_best)
+        chosen, rejected, soft = chosen[kept], rejected[kept], None if soft is None else soft[kept]
+        if not len(chosen):
+            raise DataError(f"none of {pairs} pairs has a chosen segment in the best {keep_best:.0%}: ask for more pairs.")
     seen = torch.stack([scores[chosen], scores[rejected]], dim=-1)
     return Comparisons(starts[chosen], starts[rejected], length, seen, soft, name)
 

@@ -102,8 +102,8 @@ def against_reference(results: Results) -> tuple[Comparison, ...]:
     made = []
     for setting in results.settings:
         values = results.values(setting.label, metric.key)
-        made.append(_compare(setting.label, "reference", [value - base for value in values.values()]))
-    return _correct(made)
+        made.append(paired(setting.label, "reference", [value - base for value in values.values()]))
+    return corrected(made)
 
 
 def between_settings(results: Results) -> tuple[Comparison, ...]:
@@ -115,9 +115,9 @@ def between_settings(results: Results) -> tuple[Comparison, ...]:
     for left, right in combinations([setting.label for setting in results.settings], 2):
         first, second = results.values(left, metric.key), results.values(right, metric.key)
         made.append(
-            _compare(left, right, [first[seed] - second[seed] for seed in results.seeds if seed in first and seed in second])
+            paired(left, right, [first[seed] - second[seed] for seed in results.seeds if seed in first and seed in second])
         )
-    return _correct(made)
+    return corrected(made)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def _normal_detectable(deviation: float, n: int) -> float:
     return _NORMAL_SUM * deviation / math.sqrt(n)
 
 
-def _compare(left: str, right: str, differences: Sequence[float]) -> Comparison:
+def paired(left: str, right: str, differences: Sequence[float]) -> Comparison:
+    """A t test of differences left - right, one for each seed (or block); `p_holm` is left to `corrected`."""
     interval = mean_interval(differences)
     if interval.half_width is None:
         return Comparison(left, right, interval.n, interval.mean, None, None, None, None, interval.missing)
@@ -179,11 +180,12 @@ def _compare(left: str, right: str, differences: Sequence[float]) -> Comparison:
     return Comparison(left, right, interval.n, interval.mean, interval.half_width, p, None, detectable)
 
 
-def _correct(made: Sequence[Comparison]) -> tuple[Comparison, ...]:
-    corrected = holm([item.p for item in made])
+def corrected(made: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    """The tests of one family, with Holm's p values."""
+    values = holm([item.p for item in made])
     return tuple(
         Comparison(c.left, c.right, c.n, c.difference, c.half_width, c.p, p_holm, c.detectable, c.missing)
-        for c, p_holm in zip(made, corrected, strict=True)
+        for c, p_holm in zip(made, values, strict=True)
     )
 
 

@@ -93,20 +93,19 @@ class ControlTask(ABC):
     def pairs(self, seed: int) -> Comparisons:
         """The training pairs of a seed."""
         offline = self.offline(seed)
-        return self._compare(offline, offline.train, self._options.data.pairs, self._options.control.segments, seed, "pair")
+        control = self._options.control
+        return compare_segments(
+            offline.steps, self.labelling, pairs=self._options.data.pairs, length=control.segment_length, seed=seed,
+            segments=control.segments, keep_best=control.keep_best, episodes=offline.train,
+        )  # fmt: skip
 
     @cache  # noqa: B019
     def test_pairs(self, seed: int) -> Comparisons:
         """Pairs of the test episodes."""
         offline = self.offline(seed)
-        return self._compare(offline, offline.test, self._options.evaluation.eval_pairs, 0, seed + _TEST_SEED, "test pair")
-
-    def _compare(
-        self, offline: Offline, episodes: Collection[int], pairs: int, segments: int, seed: int, name: str
-    ) -> Comparisons:
         return compare_segments(
-            offline.steps, self.labelling, pairs=pairs, length=self._options.control.segment_length, seed=seed,
-            segments=segments, episodes=episodes, name=name,
+            offline.steps, self.labelling, pairs=self._options.evaluation.eval_pairs,
+            length=self._options.control.segment_length, seed=seed + _TEST_SEED, episodes=offline.test, name="test pair",
         )  # fmt: skip
 
     def training(self, seed: int) -> Training:
@@ -157,7 +156,7 @@ class ControlTask(ABC):
         )  # fmt: skip
         measured = self.evaluate(policy, reference, known, None, 0).metrics
         stage, offline = self.started(0)[1], self.offline(0)
-        control, pairs = self._options.control, self._options.data.pairs
+        control, pairs = self._options.control, len(self.pairs(0))
         drawn = f"{control.segments} segments (dense)" if control.segments else "two segments of their own each (sparse)"
         notes = (
             f"{len(offline.train)} episodes to learn from, {len(offline.test)} for test pairs; {pairs} pairs of {drawn}, "

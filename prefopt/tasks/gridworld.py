@@ -13,6 +13,7 @@ from prefopt.control.mdp import TabularMDP, policy_kl, regret, sample_steps, sof
 from prefopt.control.policies import Actor, ActorConfig, ControlPolicy
 from prefopt.errors import ConfigError
 from prefopt.models.packed import Reference
+from prefopt.options import ControlOptions
 from prefopt.report.schema import Metric
 from prefopt.tasks.control import ControlTask, Offline
 from prefopt.tasks.protocol import Measured
@@ -50,7 +51,12 @@ class GridworldTask(ControlTask):
         asked, mdp = self._options.model.model or TABULAR, self.mdp
         if asked not in (TABULAR, CATEGORICAL):
             raise ConfigError(f"--model {asked}: the gridworld's policies are {TABULAR} or {CATEGORICAL}.")
-        hidden, dropout = (self._options.control.hidden, self._options.control.dropout) if asked == CATEGORICAL else ((), 0.0)
+        control, default = self._options.control, ControlOptions()
+        hidden, dropout = control.hidden, control.dropout
+        if asked == TABULAR:
+            if (hidden, dropout) != (default.hidden, default.dropout):
+                raise ConfigError(f"a table has no hidden layers: --hidden and --dropout are for --model {CATEGORICAL}.")
+            hidden, dropout = (), 0.0
         actor = Actor(ActorConfig(CATEGORICAL, mdp.states, mdp.actions, hidden, dropout)).double()
         if asked == TABULAR:  # a table has no symmetry to break: it starts at the behaviour that made the data
             for weights in actor.parameters():

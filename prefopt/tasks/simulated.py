@@ -14,7 +14,7 @@ from prefopt.control.families import FAMILIES
 from prefopt.control.folder import OfflineData, load_folder
 from prefopt.control.policies import Actor, ActorConfig, ControlPolicy
 from prefopt.control.segments import admissible_starts
-from prefopt.control.simulate import Environment, make_environments, success_rate
+from prefopt.control.simulate import Environment, Outcomes, make_environments, success_rate
 from prefopt.errors import ConfigError
 from prefopt.models.packed import Reference
 from prefopt.options import Options
@@ -80,9 +80,13 @@ class SimulatedTask(ControlTask):
         rows = admissible_starts(self._offline.steps, 1, self._offline.test)
         return self._offline.steps.observations[rows[:: max(1, len(rows) // _KL_STATES)]]
 
-    def measure(self, policy: ControlPolicy, reference: Reference, seed: int) -> Measured:
+    def outcomes(self, actor: Actor) -> Outcomes:
+        """What a policy comes to on the evaluation's episodes, which are the same for all policies and seeds."""
         episodes = self._options.evaluation.eval_prompts
-        found = success_rate(policy.actor.act, self._environments, episodes=episodes, seed=_EVALUATION_SEED)
+        return success_rate(actor.act, self._environments, episodes=episodes, seed=_EVALUATION_SEED)
+
+    def measure(self, policy: ControlPolicy, reference: Reference, seed: int) -> Measured:
+        found = self.outcomes(policy.actor)
         assert found.returns is not None
         rows = tuple(
             PromptRow("", seed, f"episode {i}", "success", float(success), length=float("nan"))

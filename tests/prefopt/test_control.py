@@ -48,6 +48,14 @@ def test_compare_trains_five_losses_on_the_gridworld(cli, tmp_path: Path) -> Non
     assert "60 pairs of two segments of their own each (sparse), 3 steps long, labelled by regret" in done.flat
 
 
+def test_the_gridworlds_preset_is_a_whole_study(cli) -> None:  # type: ignore[no-untyped-def]
+    done = cli("compare", "--preset", "gridworld", "--dry-run")
+    assert done.code == 0, done.flat
+    assert "alpha 0.5, bias 1.0, gamma 0.9" in done.flat
+    assert "15 cells" in done.flat
+    assert cli("compare", "--preset", "metaworld", "--data", "control:folder", "--dry-run").code == 0
+
+
 def test_behaviour_cloning_comes_first_where_asked_for(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Two stages: the reference is the policy after the first, not a fresh one."""
     asked = ["--model", "categorical", "--hidden", "16", "--output-dir", str(tmp_path / "out")]
@@ -80,6 +88,8 @@ def test_test_pairs_are_of_other_episodes(tmp_path: Path) -> None:
         ({"model": ModelOptions(lora=4)}, "--lora"),
         ({"data": DataOptions(("control:gridworld", "exact"))}, "stands alone"),
         ({"data": DataOptions(("control:gridworld",), pairs=40, labels="shifted:2")}, "segments take bt"),
+        ({"control": ControlOptions(3, hidden=(4,))}, "a table has no hidden layers"),
+        ({"control": ControlOptions(3), "data": DataOptions()}, "segment_length is an option of control, and data is exact"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -70,6 +70,16 @@ def test_dense_comparisons_are_different_pairs_of_few_segments() -> None:
     assert all(len(pair) == 2 for pair in met)
 
 
+def test_keep_best_leaves_the_pairs_whose_chosen_segment_is_among_the_best() -> None:
+    steps = table((400,))
+    everything, best = compare(steps, pairs=100), compare(steps, pairs=100, keep_best=0.1)
+    assert 10 <= len(best) <= 20  # of 200 segments 20 are the best, and two of them may have met
+    kept = [i for i, start in enumerate(everything.chosen.tolist()) if start in set(best.chosen.tolist())]
+    assert [everything[i].completion_ids for i in kept] == [example.completion_ids for example in best]
+    left_out = [float(everything.scores[i, 0]) for i in range(100) if i not in kept]
+    assert float(best.scores[:, 0].min()) > max(left_out)
+
+
 def test_pairs_by_number_cover_a_large_triangle() -> None:
     found = compare(table((5000,)), pairs=5000, segments=3000)
     assert len({frozenset(pair) for pair in zip(found.chosen.tolist(), found.rejected.tolist(), strict=True)}) == 5000
