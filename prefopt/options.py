@@ -238,9 +238,7 @@ class Options:
     def __post_init__(self) -> None:
         idle = [f.name for f in fields(self.control) if getattr(self.control, f.name) != f.default]
         if idle and self.data.task != "control":
-            raise ConfigError(
-                f"{idle[0]} is an option of control, and data is {' '.join(self.data.data)}: leave one of them out."
-            )
+            raise ConfigError(f"{idle[0]} is an option of control, and data is {' '.join(self.data.data)}: drop one of them.")
 
     @property
     def tiny(self) -> bool:

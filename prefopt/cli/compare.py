@@ -29,7 +29,7 @@ from prefopt.compare import Entry, Study, compare, describe
 from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
 
-_STUDY = "Study"
+_COMMAND, _STUDY = "compare", "Study"
 _PRESETS = Path(__file__).parent.parent / "presets"
 # What the YAML file may name besides flags.
 _ALGORITHMS = "algorithms"
@@ -58,8 +58,9 @@ def build(tokens: Sequence[str]) -> App:
         Argument.VAR_POSITIONAL,
         annotation=Annotated[str, Parameter(help=_ALGORITHM_HELP, group=_STUDY)],
     )
-    config = [Dict(values, use_commands_as_keys=False, source=flag) for flag, values in settings]
-    app = App("compare", version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext", config=config)
+    # Under the command's own name: of a flat mapping cyclopts drops every key that is also a command, such as `data`.
+    config = [Dict({_COMMAND: values}, source=flag) for flag, values in settings]
+    app = App(_COMMAND, version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext", config=config)
     app.default(make_command(run, [*_study_flags(), *option_flags()], _STUDY, positional))
     return app
 

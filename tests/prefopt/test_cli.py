@@ -204,16 +204,25 @@ def test_a_config_file_stands_in_for_flags_that_are_not_given(cli: Any, tmp_path
     config.write_text("algorithms: [dpo, ipo]\nseeds: 2\nbatch_size: 7\nlearning_rate: 1e-3\nset: [ipo.tau=0.25]\n")
     done = cli("compare", "--config", config, "--dry-run")
     assert done.code == 0, done.err
-    assert "4 cells. Batch 7" in done.out
+    assert "4 cells on exact. Batch 7" in done.out
     assert "ipo tau=0.25" in done.out
     assert "cpl" not in done.out
     given = cli("compare", "cpl", "--config", config, "--dry-run", "--batch-size", 5, "--set", "cpl.bias=0.7")
-    assert "2 cells. Batch 5" in given.out
+    assert "2 cells on exact. Batch 5" in given.out
     assert "cpl bias=0.7" in given.out
     config.write_text("batch_sizes: 7\n")
     unknown = cli("compare", "dpo", "--config", config, "--dry-run")
     assert unknown.code == 2
     assert "Did you mean --batch-size?" in unknown.err
+
+
+def test_options_named_like_commands_are_read_from_a_config_file(cli: Any, tmp_path: Path) -> None:
+    """`data` and `losses` are commands too; a config's `data` once was dropped without a word, and the exact world trained."""
+    config = tmp_path / "study.yaml"
+    config.write_text("losses: [dpo]\ndata: [no-such.jsonl]\nmodel: tiny\n")
+    done = cli("compare", "--config", config, "--dry-run")
+    assert done.code == 2
+    assert "no-such.jsonl" in done.err
 
 
 def test_a_preset_is_a_config_that_comes_with_prefopt(cli: Any, tmp_path: Path) -> None:
