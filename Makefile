@@ -88,6 +88,10 @@ bench-zoo-tune: $(STAMP) ## tune the losses of bench-zoo whose sweep is new or h
 bench-collapse: $(STAMP) ## reward collapse against its closed forms; LISTS=file trains a reward model too, FIGURES=folder draws
 	$(BIN)/python -m benchmarks.collapse --json runs/collapse.json $(if $(QUICK),--quick) $(if $(LISTS),--lists $(LISTS)) $(if $(FIGURES),--figures $(FIGURES))
 
+.PHONY: bench-mdp
+bench-mdp: $(STAMP) ## CPL against the exact optimum of a gridworld as data grow, on regret and return labels; FIGURES=folder draws
+	$(BIN)/python -m benchmarks.mdp --json runs/mdp.json $(if $(QUICK),--quick) $(if $(FIGURES),--figures $(FIGURES))
+
 .PHONY: bench-rlhf
 bench-rlhf: $(STAMP) ## on-policy algorithms against the exact optimum, best of n, a learned reward; finished cells are kept
 	$(BIN)/python -m benchmarks.rlhf --json runs/rlhf.json
@@ -101,6 +105,10 @@ bench-sentiment: $(STAMP) ## reward against KL and over-optimisation under a kno
 bench-abc: $(STAMP) ## dense reward by attention on controlled sentiment: make bench-abc SENTIMENT=folder FIGURES=folder
 	@test -n "$(SENTIMENT)" || { echo "bench-abc needs reviews with text and label: make bench-abc SENTIMENT=path/to/reviews"; exit 2; }
 	$(BIN)/python -m benchmarks.abc --sentiment $(SENTIMENT) --json runs/abc.json $(if $(QUICK),--quick) $(if $(FIGURES),--figures $(FIGURES))
+
+.PHONY: bench-control-speed
+bench-control-speed: $(STAMP) ## steps a second of CPL in control against the same algorithm written plainly
+	$(BIN)/python -m benchmarks.control_speed --json runs/control_speed.json
 
 clean: ## remove caches; .venv and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

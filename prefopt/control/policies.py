@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefopt.control.families import FAMILIES, Family
+from prefopt.control.perceptron import Perceptron
 from prefopt.control.steps import Steps
 from prefopt.errors import ConfigError, DataError
 from prefopt.files import write_json
@@ -57,7 +58,7 @@ class Actor(nn.Module):
     def __init__(self, config: ActorConfig) -> None:
         super().__init__()
         self.config = config
-        self.net = mlp(
+        self.net = Perceptron(
             config.observation_size, config.hidden, self.family.outputs(config.action_size), dropout=config.dropout, gain=0.01
         )  # fmt: skip
 
@@ -178,22 +179,6 @@ def build_control(
     return policy, policy.reference
 
 
-def mlp(inputs: int, hidden: Sequence[int], outputs: int, *, dropout: float = 0.0, gain: float = 1.0) -> nn.Sequential:
-    """Linear, ReLU and dropout for each hidden width, then linear; orthogonal weights, zero biases.
-
-    Args:
-        gain: of the last layer's weights.
-    """
-    layers: list[nn.Module] = []
-    width = inputs
-    for following in hidden:
-        layers += [_orthogonal(nn.Linear(width, following), 2**0.5), nn.ReLU()]
-        if dropout:
-            layers.append(nn.Dropout(dropout))
-        width = following
-    return nn.Sequential(*layers, _orthogonal(nn.Linear(width, outputs), gain))
-
-
 def load_actor(folder: Path) -> Actor:
     """What `ControlPolicy.save` wrote.
 
@@ -240,11 +225,5 @@ def _reference_output(reference: Reference | None, observations: Tensor) -> Tens
     return output
 
 
-def _reward_head(config: ActorConfig) -> nn.Sequential:
-    return mlp(config.observation_size + config.action_size, config.hidden, 1, dropout=config.dropout)
-
-
-def _orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+def _reward_head(config: ActorConfig) -> Perceptron:
+    return Perceptron(config.observation_size + config.action_size, config.hidden, 1, dropout=config.dropout)
