@@ -180,7 +180,8 @@ def describe(study: Study, console: Console, cache: Path | None = None) -> None:
         console.print(render(build_task(task_options, cache or default_cache(), console).training(study.seeds[0]).report))
     seeds = len(study.seeds)
     console.print(
-        f"{len(settings) * seeds} cells on {' '.join(task_options.data.data)}. Batch {task_options.budget.batch_size}, {task_options.budget.epochs:g} epochs"
+        f"{len(settings) * seeds} cells on {' '.join(task_options.data.data)}. Batch {task_options.budget.batch_size}, "
+        f"{task_options.budget.epochs:g} epochs"
         + (f", at most {task_options.budget.max_steps} updates" if task_options.budget.max_steps else "")
         + (". Fewer than 3 seeds: a smoke run, no ranking." if seeds < 3 else "."),
         highlight=False,

@@ -79,29 +79,6 @@ def examples_key(examples: Sequence[Example], *, labels: bool = False) -> str:
 
 
 def supervised_start(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    both: bool,
-    budget: Budget,
-    optimization: Optimization,
-    cache: Path,
-    console: Console | None = None,
-) -> Stage:
-    """SFT of `model` in place, or the weights of an earlier equal run: the shared start and reference.
-
-    Args:
-        examples: the completion that stands first is imitated; with `both`, every completion.
-        budget, optimization: of the stage.
-    """
-    return supervised_stage(
-        CausalLMPolicy(model, tokenizer), fingerprint(model), examples, both=both, budget=budget, optimization=optimization,
-        cache=cache, console=console,
-    )  # fmt: skip
-
-
-def supervised_stage(
     policy: PackedPolicy,
     weights: str,
     examples: Sequence[Example],
@@ -112,10 +89,12 @@ def supervised_stage(
     cache: Path,
     console: Console | None = None,
 ) -> Stage:
-    """As `supervised_start` for any policy, in place.
+    """SFT of `policy` in place, or the weights of an earlier equal run: the shared start and reference.
 
     Args:
-        weights: content address of the policy, and of what its token ids stand for.
+        weights: content address of the policy and of what its token ids stand for (`fingerprint` of a causal LM).
+        examples: the completion that stands first is imitated; with `both`, every completion.
+        budget, optimization: of the stage.
     """
     if both:
         examples = _EveryCompletion(examples)

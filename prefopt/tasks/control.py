@@ -30,7 +30,7 @@ from prefopt.options import ModelOptions, Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import Metric
 from prefopt.rewards.build import Reward
-from prefopt.stages import Stage, supervised_stage
+from prefopt.stages import Stage, supervised_start
 from prefopt.streams import Budget
 from prefopt.tasks.language import PAIR_METRICS
 from prefopt.tasks.protocol import Measured, Shared, Training
@@ -122,7 +122,7 @@ class ControlTask(ABC):
         if init == "as-is":
             return actor, None
         supervised, budget = self._options.supervised, self._options.budget
-        stage = supervised_stage(
+        stage = supervised_start(
             ControlPolicy(actor, offline.steps), f"{actor_fingerprint(actor)}-{offline.key}", self.pairs(seed),
             both=init == "sft-both",
             budget=Budget(

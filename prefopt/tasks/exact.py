@@ -19,6 +19,7 @@ from prefopt.data.report import DataReport
 from prefopt.errors import ConfigError
 from prefopt.hydra import HYDRA_BASE, HydraBase, hydra_base
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.hydra import BASED
 from prefopt.models.tabular import TabularPolicy, build_tabular
 from prefopt.optimization import Optimization
@@ -83,8 +84,8 @@ class ExactTask:
         model = AutoModelForCausalLM.from_config(self.world.model_config())
         samples = self._tokenize(self.world.source_records(START_SAMPLES, seed=0)).examples
         stage = supervised_start(
-            model, self.world.tokenizer, samples, both=False, budget=START_BUDGET, optimization=START_OPTIMIZATION,
-            cache=self._cache, console=self._console,
+            CausalLMPolicy(model, self.world.tokenizer), fingerprint(model), samples, both=False, budget=START_BUDGET,
+            optimization=START_OPTIMIZATION, cache=self._cache, console=self._console,
         )  # fmt: skip
         return model, stage
 

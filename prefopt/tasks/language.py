@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 
 from prefopt.data.records import Example
+from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.loading import Loaded, load_model
 from prefopt.optimization import Optimization
 from prefopt.options import ModelOptions, Options
@@ -75,7 +77,7 @@ def shared_start(
         return None
     supervised, budget = options.supervised, options.budget
     return supervised_start(
-        model, tokenizer, examples, both=init == "sft-both",
+        CausalLMPolicy(model, tokenizer), fingerprint(model), examples, both=init == "sft-both",
         budget=Budget(budget.batch_size, budget.micro_batch_size, budget.micro_batch_tokens, supervised.sft_epochs),
         optimization=Optimization(learning_rate=supervised.sft_learning_rate), cache=cache, console=console,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from prefopt.evaluate import correlation, measure_pairs, perplexity, sample_and_
 from prefopt.generate import Decoding
 from prefopt.hydra import HYDRA_BASE, HydraBase, hydra_base
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.hydra import BASED, HydraPolicy
 from prefopt.models.lora import LoRA
 from prefopt.models.small import small_llama, train_tokenizer
@@ -116,7 +117,7 @@ class SentimentTask:
         if self._options.model.model:
             return model, shared_start(self._options, model, tokenizer, texts, self._cache, self._console)
         return model, supervised_start(
-            model, tokenizer, texts, both=False,
+            CausalLMPolicy(model, tokenizer), fingerprint(model), texts, both=False,
             budget=replace(LANGUAGE_BUDGET, epochs=self._options.supervised.language_epochs),
             optimization=LANGUAGE_OPTIMIZATION, cache=self._cache, console=self._console,
         )  # fmt: skip

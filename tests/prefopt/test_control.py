@@ -89,7 +89,7 @@ def test_test_pairs_are_of_other_episodes(tmp_path: Path) -> None:
         ({"data": DataOptions(("control:gridworld", "exact"))}, "stands alone"),
         ({"data": DataOptions(("control:gridworld",), pairs=40, labels="shifted:2")}, "segments take bt"),
         ({"control": ControlOptions(3, hidden=(4,))}, "a table has no hidden layers"),
-        ({"control": ControlOptions(3), "data": DataOptions()}, "segment_length is an option of control, and data is exact: drop one"),
+        ({"control": ControlOptions(3), "data": DataOptions()}, "segment_length is an option of control, and data is exact"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example, Labels
 from prefopt.errors import ConfigError
 from prefopt.models.causal_lm import CausalLMPolicy
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.packing import flat_roles, pack
@@ -67,7 +68,8 @@ def start(model: Any, cache: Path, examples: list[Example] | None = None, **chan
         "optimization": Optimization(learning_rate=1e-2),
         **changes,
     }
-    return supervised_start(model, WORLD.tokenizer, examples or preferring_a(64), cache=cache, **given)
+    policy = CausalLMPolicy(model, WORLD.tokenizer)
+    return supervised_start(policy, fingerprint(model), examples or preferring_a(64), cache=cache, **given)
 
 
 def nll(model: Any, side: int) -> float:
