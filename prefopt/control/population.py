@@ -23,9 +23,9 @@ uniform behaviour 0.316, 0.194 and 0.101 (of pi*: 0.448). Every start that was t
 were Z the same everywhere, the myopic policy softmax(r / alpha) would be the optimum at bias 1, by the argument above. It is
 not, and no policy can say that a state is worth more, since its probabilities sum to one there too. The optimum bends them to
 say it: in a rich state it is flat, so that all actions score high; in a poor one it may favour one of two equal actions,
-whichever, so that the state scores low on average. Here, at bias 1, it is 0.417 from pi* and 0.187 from the myopic policy, its
-regret is 1.70 (myopic 1.56, uniform 3.53), and its loss 0.598 where the labels' entropy is 0.558. There may be several minima
-(3x3 cells with a trap: 0.61951, 0.61958, 0.61964). Better behaviour makes it worse: on segments of softmax(A* / (2 alpha)),
+whichever, so that the state scores low on average. Hence several minima: here two at bias 1, mirrored mainly at one trap. The
+lower one (loss 0.59814, where the labels' entropy is 0.558) is 0.417 from pi*, 0.187 from the myopic policy, and its regret is
+1.70 (myopic 1.56, uniform 3.53); the other (0.59822) is 0.343 from pi*. Better behaviour makes it worse: on segments of softmax(A* / (2 alpha)),
 whose own regret is 0.53, the optimum has 3.65.
 """
 
