@@ -25,8 +25,8 @@ not, and no policy can say that a state is worth more, since its probabilities s
 say it: in a rich state it is flat, so that all actions score high; in a poor one it may favour one of two equal actions,
 whichever, so that the state scores low on average. Hence several minima: here two at bias 1, mirrored mainly at one trap. The
 lower one (loss 0.59814, where the labels' entropy is 0.558) is 0.417 from pi*, 0.187 from the myopic policy, and its regret is
-1.70 (myopic 1.56, uniform 3.53); the other (0.59822) is 0.343 from pi*. Better behaviour makes it worse: on segments of softmax(A* / (2 alpha)),
-whose own regret is 0.53, the optimum has 3.65.
+1.70 (myopic 1.56, uniform 3.53); the other (0.59822) is 0.343 from pi*. Better behaviour makes it worse: on segments of
+softmax(A* / (2 alpha)), whose own regret is 0.53, the optimum has 3.65.
 """
 
 from __future__ import annotations
