@@ -101,7 +101,7 @@ class ModelOptions:
             algorithms start at the same base.
         activation_checkpointing: Keep the inputs of layers only and compute the layers again in backward: a third more time
             for a fraction of the memory.
-        device: Where it runs: cpu, cuda, or auto (cuda where there is one).
+        device: Where it runs: cpu, cuda, or auto (cuda where there is one; cpu for control's small networks).
         trust_remote_code: Run code that a model repository ships. Only for repositories that you have read.
     """
 

@@ -118,7 +118,9 @@ class ControlTask(ABC):
     def started(self, seed: int) -> tuple[Actor, Stage | None]:
         """The network that a seed's cells start from: fresh, or after behaviour cloning (the first of the two stages)."""
         torch.manual_seed(seed)
-        actor, offline, init = self.actor(), self.offline(seed), self._options.model.init
+        asked, init = self._options.model.device, self._options.model.init
+        # Networks this small are bound by launches: a GPU only where it is named.
+        actor, offline = self.actor().to("cpu" if asked == "auto" else asked), self.offline(seed)
         if init == "as-is":
             return actor, None
         supervised, budget = self._options.supervised, self._options.budget

@@ -66,8 +66,8 @@ class GridworldTask(ControlTask):
     def logps(self, policy: ControlPolicy) -> Tensor:
         """[S, A] float64 log-probs in every state."""
         with torch.no_grad():
-            output = policy.actor(torch.eye(self.mdp.states, dtype=policy.dtype))
-        return output.double().log_softmax(-1)
+            output = policy.actor(torch.eye(self.mdp.states, dtype=policy.dtype, device=policy.device))
+        return output.double().log_softmax(-1).cpu()
 
     def measure(self, policy: ControlPolicy, reference: Reference, seed: int) -> Measured:
         logps, mdp = self.logps(policy), self.mdp

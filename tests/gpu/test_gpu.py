@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +13,18 @@ import transformers
 from torch import Tensor
 
 from prefopt import algorithms
+from prefopt.cell import run_cell
 from prefopt.data.records import Example
 from prefopt.errors import TrainingError
 from prefopt.models import flex
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.fingerprint import fingerprint
 from prefopt.optimization import Logging, Optimization
+from prefopt.options import ControlOptions, DataOptions, EvaluationOptions, ModelOptions, Options
 from prefopt.packing import Group, PackedBatch, Sampling, pack, pair_roles
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream
+from prefopt.tasks import build_task
 from prefopt.trainer import fit
 
 pytestmark = [
@@ -187,3 +191,19 @@ def test_groups_of_every_size_are_padded_to_few() -> None:
         )  # fmt: skip
         assert out.shape == (starts[-1], 2, 32)
         assert out.isfinite().all()
+
+
+def test_control_trains_on_a_gpu_as_on_a_cpu(tmp_path: Path) -> None:
+    """A table in float64, one draw of pairs: the policies agree."""
+    found = []
+    for device in ("cpu", "cuda"):
+        options = Options(
+            data=DataOptions(("control:gridworld",), pairs=64), model=ModelOptions(device=device), control=ControlOptions(4),
+            budget=Budget(batch_size=16, max_steps=8), optimization=Optimization(learning_rate=0.05),
+            evaluation=EvaluationOptions(checkpoints=1, eval_pairs=16),
+        )  # fmt: skip
+        task = build_task(options, tmp_path)
+        result = run_cell(task, algorithms.get("dpo").setting(), options, 0, label="dpo", cache=tmp_path / device)
+        assert next(iter(result.policy.parameters())).device.type == device  # type: ignore[attr-defined]
+        found.append(result.cell.final)
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6, nan_ok=True)
