@@ -22,6 +22,7 @@ from rich.console import Console
 from benchmarks.control_cells import PIQL, Run, run_piql, run_study
 from benchmarks.control_figures import draw_curves, draw_strips
 from benchmarks.control_report import comparison_table, cost_table, dense_sentence, show, success_table
+from benchmarks.measuring import without_nan
 from benchmarks.piql import PiqlOptions
 from prefopt.compare import Entry, Study
 from prefopt.control.generate import Recipe, generate
@@ -158,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (asked.figures / "control.png").write_bytes(draw_curves(runs))
         draw_strips(plan, asked.labels, output, asked.figures / "control_strips.png", console)
     if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(asked.json, {**found, "runs": [asdict(run) for run in runs]})
+        write_json(asked.json, without_nan({**found, "runs": [asdict(run) for run in runs]}))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,19 @@ that shares nothing with it, and by the reward model of its seed: the proxy. Rev
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measuring import without_nan
 from benchmarks.sentiment_extras import best_of_n_curve, demonstrations, reference_rows
 from benchmarks.sentiment_figures import draw_frontier, draw_overoptimisation
 from benchmarks.sentiment_report import early_stopping, frontier_table, gains_table, labels_table, show
 from prefopt.compare import Entry, Study, compare
 from prefopt.errors import PrefoptError
+from prefopt.files import write_json
 from prefopt.machine import standard_console
 from prefopt.optimization import Optimization
 from prefopt.options import DataOptions, EvaluationOptions, ModelOptions, Options, SupervisedOptions, default_cache
@@ -156,13 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if plan.best_of:
             (asked.figures / "overoptimisation.png").write_bytes(draw_overoptimisation(results, curve))
     if asked.json:
-        write(found, asked.json)
-
-
-def write(found: Mapping[str, Any], path: Path) -> None:
-    """The tables as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_json(asked.json, without_nan(found))
 
 
 if __name__ == "__main__":
