@@ -88,6 +88,10 @@ bench-zoo-tune: $(STAMP) ## tune the losses of bench-zoo whose sweep is new or h
 bench-collapse: $(STAMP) ## reward collapse against its closed forms; LISTS=file trains a reward model too, FIGURES=folder draws
 	$(BIN)/python -m benchmarks.collapse --json runs/collapse.json $(if $(QUICK),--quick) $(if $(LISTS),--lists $(LISTS)) $(if $(FIGURES),--figures $(FIGURES))
 
+.PHONY: bench-control
+bench-control: $(STAMP) ## preference algorithms, cloning and P-IQL on simulated manipulation; data and cells are kept
+	$(BIN)/python -m benchmarks.control --json runs/control.json $(if $(QUICK),--quick) $(if $(FIGURES),--figures $(FIGURES))
+
 .PHONY: bench-mdp
 bench-mdp: $(STAMP) ## CPL against the exact optimum of a gridworld as data grow, on regret and return labels; FIGURES=folder draws
 	$(BIN)/python -m benchmarks.mdp --json runs/mdp.json $(if $(QUICK),--quick) $(if $(FIGURES),--figures $(FIGURES))

@@ -73,7 +73,9 @@ class DataOptions:
         for prefix, task in _TASKS.items():
             if any(source.startswith(prefix) for source in self.data):
                 if len(self.data) > 1:
-                    raise ConfigError(f"--data {' '.join(self.data)}: {prefix}… stands alone; a folder may hold several files.")
+                    raise ConfigError(
+                        f"--data {' '.join(self.data)}: {prefix}SOURCE stands alone; a folder may hold several files."
+                    )
                 return task
         return "text"
 

@@ -71,8 +71,8 @@ class PackedPolicy(nn.Module, ABC):
         live = "token_kls" in quantities
         if live and self.reference is None:
             raise ConfigError(
-                "the loss needs full KLs, and this policy has no reference to take them against: build both together "
-                "(build_policy), or set policy.reference."
+                "the loss needs KLs over all tokens or actions, and this policy has no reference to take them against: build "
+                "both by build_policy (control: build_control), or set policy.reference."
             )
         with self.adapter(adapter):
             rows = self.rows(batch, quantities, reference=self.reference if live else None)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from prefopt.data.exact_world import ExactWorld
 from prefopt.errors import ConfigError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
+from prefopt.models.packed import PackedPolicy
 from prefopt.packing import PackedBatch
 
 VALUE_LR_SCALE = 3.0
@@ -76,6 +77,9 @@ class TabularPolicy(CausalLMPolicy):
     def head(self) -> nn.Linear:
         """Rows of the table -> logits."""
         return self._readout
+
+    # A table has no adapters, and its reference is a table of its own.
+    adapter = PackedPolicy.adapter
 
     @contextmanager
     def plain_attention(self) -> Iterator[Any]:
