@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,9 +79,8 @@ def _actors(folder: Path, labels: str) -> dict[str, Actor]:
     """The policies of the first seed, by algorithm."""
     found = {}
     for cell in sorted(folder.glob(f"*-{labels}/cells/*-seed{_STRIP_SEED}/policy")):
-        kind = cell.parents[2].name.removesuffix(f"-{labels}")
-        name = cell.parent.name.split("-")[0]
-        found[name if kind == "sparse" else f"{name} ({kind})"] = load_actor(cell)
+        label: str = json.loads((cell.parent / "config.json").read_text())["label"]
+        found[label] = load_actor(cell)
     found[PIQL] = load_actor(piql_actor(folder / f"piql-{labels}", _STRIP_SEED))
     return found
 

@@ -85,7 +85,8 @@ def show(found: Mapping[str, Sequence[Row]], sentence: str, window: int, episode
     )
     console.print(
         f"Means with 95% t intervals over seeds. A task's column is the best mean of {window} neighbouring evaluations of "
-        f"{episodes} episodes, as in the paper, which flatters all alike; 'end' is the last evaluation.",
+        f"{episodes} episodes, as in the paper, which flatters all alike; 'end' is the last evaluation. "
+        f"{PIQL} learns from every step of its episodes, the others from those of their pairs.",
         highlight=False,
     )
     tests = found["tests"]

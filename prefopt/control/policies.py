@@ -180,7 +180,7 @@ def build_control(
 
 
 def load_actor(folder: Path) -> Actor:
-    """What `ControlPolicy.save` wrote.
+    """What `ControlPolicy.save` wrote, in evaluation mode: a policy that acts has no dropout.
 
     Raises:
         DataError: the folder holds no control policy.
@@ -191,7 +191,7 @@ def load_actor(folder: Path) -> Actor:
         actor.load_state_dict(load_file(folder / _WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder}: expected a control policy ({_CONFIG} and {_WEIGHTS}): {error}") from error
-    return actor
+    return actor.eval()
 
 
 def actor_fingerprint(actor: Actor) -> str:

@@ -64,6 +64,8 @@ class ControlTask(ABC):
         _check_model(options.model)
         self._options, self._cache, self._console = options, cache, console
         control = options.control
+        if options.evaluation.eval_pairs < 1:
+            raise ConfigError("control draws the pairs that it tests on: --eval-pairs must be at least 1.")
         model = parse_labels(options.data.labels, options.data.label_temperature)
         self.labelling = Labelling(control.preferences, model, control.label_discount or self.discount)
         self.max_new_tokens = control.segment_length

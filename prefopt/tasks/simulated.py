@@ -89,8 +89,7 @@ class SimulatedTask(ControlTask):
         found = self.outcomes(policy.actor)
         assert found.returns is not None
         rows = tuple(
-            PromptRow("", seed, f"episode {i}", "success", float(success), length=float("nan"))
-            for i, success in enumerate(found.successes)
+            PromptRow("", seed, f"episode {i}", "success", float(success)) for i, success in enumerate(found.successes)
         )
         kl = kl_at_data(policy, reference, self._states)
         return Measured({"success": found.rate, "return": float(found.returns.mean()), "kl": kl}, rows)

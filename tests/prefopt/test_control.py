@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.errors import ConfigError
-from prefopt.options import ControlOptions, DataOptions, ModelOptions, Options
+from prefopt.options import ControlOptions, DataOptions, EvaluationOptions, ModelOptions, Options
 from prefopt.report.schema import load_results
 from prefopt.tasks import build_task
 
@@ -89,6 +89,7 @@ def test_test_pairs_are_of_other_episodes(tmp_path: Path) -> None:
         ({"data": DataOptions(("control:gridworld", "exact"))}, "stands alone"),
         ({"data": DataOptions(("control:gridworld",), pairs=40, labels="shifted:2")}, "segments take bt"),
         ({"control": ControlOptions(3, hidden=(4,))}, "a table has no hidden layers"),
+        ({"evaluation": EvaluationOptions(eval_pairs=0)}, "--eval-pairs must be at least 1"),
         ({"control": ControlOptions(3), "data": DataOptions()}, "segment_length is an option of control, and data is exact"),
     ],
 )

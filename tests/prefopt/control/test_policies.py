@@ -162,7 +162,7 @@ def test_reference_weights_name_network_and_steps() -> None:
 
 
 def test_a_saved_policy_acts_the_same(tmp_path: Path) -> None:
-    policy, _ = build(table(), heads=("reward",))
+    policy, _ = build(table(), replace(CONFIG, dropout=0.5), heads=("reward",))
     policy.save(tmp_path)
     loaded = load_actor(tmp_path)
     states = torch.rand(5, 3)
