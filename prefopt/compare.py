@@ -151,7 +151,8 @@ def compare(
         for seed in study.seeds
         for index in range(len(settings))
     ]
-    waiting = [job for job in jobs if not job.done]
+    # Setting by setting: workers that start on one seed together would wait for one of them to prepare it.
+    waiting = sorted((job for job in jobs if not job.done), key=lambda job: job.index)
     if len(waiting) < len(jobs):
         console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells were finished before and are kept.", highlight=False)
     _run_all(waiting, workers, console)
