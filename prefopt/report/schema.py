@@ -43,12 +43,21 @@ class Metric:
 
 @dataclass(frozen=True)
 class Setting:
-    """An algorithm with its hyper-parameters; `label` names it everywhere in the report."""
+    """An algorithm with its hyper-parameters; `label` names it everywhere in the report.
+
+    Settings of one `group` are one algorithm at several strengths: points of one frontier. Alone, a setting is its own group.
+    """
 
     algorithm: str
     label: str
     hyper: Mapping[str, Any] = field(default_factory=dict)
     tuned: bool = False
+    group: str = ""
+
+    @property
+    def family(self) -> str:
+        """What the setting is called where strengths are put together."""
+        return self.group or self.label
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,32 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How a group's hyper-parameters were chosen (protocol, rule 3).
+
+    Args:
+        group: as in `Setting`.
+        criterion: what the trials were compared by, in words; `better` says which way.
+        space: of each tuned number, its range or its values, in words.
+        trials: each with its hyper-parameters, its seconds and the criterion, which is null where it failed.
+        chosen: the hyper-parameters of the best one.
+        value: its criterion.
+        border: names of the chosen numbers that lie at the border of their range.
+        seeds: of tuning; no cell of the report has one of them.
+    """
+
+    group: str
+    criterion: str
+    better: Literal["up", "down"]
+    space: Mapping[str, str]
+    trials: tuple[Mapping[str, Any], ...]
+    chosen: Mapping[str, Any]
+    value: float
+    border: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Ledger:
     """What one cell consumed. Counts, not estimates."""
 
@@ -122,7 +157,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """A comparison: everything that can be said about it except how long it took."""
+    """A comparison: everything that can be said about it except how long it took.
+
+    `kl_targets` are nats at which the primary metric is read at equal KL; the first is the primary one. They were fixed before
+    the run. `question` is what the study asks, in the words of who asks it.
+    """
 
     schema_version: int
     title: str
@@ -143,6 +182,9 @@ class Results:
     frontier: tuple[FrontierPoint, ...] | None = None
     shared_ledger: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    question: str = ""
+    kl_targets: tuple[float, ...] = ()
+    tuning: tuple[Tuning, ...] = ()
 
     @property
     def smoke(self) -> bool:
