@@ -26,12 +26,13 @@ from benchmarks.abc_curves import DEFINITION, compare_with, read_curves
 from benchmarks.abc_figure import draw_credit
 from benchmarks.sentiment import small_plan
 from benchmarks.sentiment_report import show
-from prefopt.compare import Entry, Study, compare, end_with_parent
+from prefopt.compare import compare
 from prefopt.errors import PrefoptError
 from prefopt.files import write_json
-from prefopt.machine import standard_console
+from prefopt.machine import end_with_parent, standard_console
 from prefopt.optimization import Logging
 from prefopt.options import default_cache
+from prefopt.study import Entry, Study
 from prefopt.tasks import build_task, prepare_process
 from prefopt.tasks.sentiment import GOLD
 

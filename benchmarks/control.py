@@ -24,7 +24,6 @@ from benchmarks.control_figures import draw_curves, draw_strips
 from benchmarks.control_report import comparison_table, cost_table, dense_sentence, show, success_table
 from benchmarks.measuring import without_nan
 from benchmarks.piql import PiqlOptions
-from prefopt.compare import Entry, Study
 from prefopt.control.generate import Recipe, generate
 from prefopt.control.simulate import TASKS
 from prefopt.errors import PrefoptError
@@ -41,6 +40,7 @@ from prefopt.options import (
     default_cache,
 )
 from prefopt.streams import Budget
+from prefopt.study import Entry, Study
 
 SPARSE, BEST, DENSE = "sparse", "best", "dense"
 BEST_BC, DENSE_CPL = "%bc", "cpl dense"

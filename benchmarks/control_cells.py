@@ -13,12 +13,14 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.piql import PiqlOptions, train_piql
-from prefopt.compare import Study, compare, end_with_parent
+from prefopt.compare import compare
 from prefopt.control.policies import Actor, ControlPolicy
 from prefopt.files import write_json
+from prefopt.machine import end_with_parent
 from prefopt.options import Options
 from prefopt.report.schema import Results, Timings, load_timings
 from prefopt.stages import content_key
+from prefopt.study import Study
 from prefopt.tasks import prepare_process
 from prefopt.tasks.simulated import SimulatedTask
 

@@ -31,12 +31,11 @@ from benchmarks.mdp_cells import Draw, Method, Outcome, by_method, run_draw
 from benchmarks.mdp_exact import LENGTH, Exact
 from benchmarks.mdp_figures import draw_consistency
 from benchmarks.measuring import Table, print_machine, write_json
-from prefopt.compare import end_with_parent
 from prefopt.control.gridworld import Layout, draw_layout, gridworld
 from prefopt.control.mdp import TabularMDP
 from prefopt.control.segments import Preferences
 from prefopt.errors import PrefoptError
-from prefopt.machine import standard_console
+from prefopt.machine import end_with_parent, standard_console
 from prefopt.options import default_cache
 from prefopt.report.statistics import mean_interval
 

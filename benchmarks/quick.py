@@ -14,12 +14,13 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from prefopt.compare import Entry, Study, compare
+from prefopt.compare import compare
 from prefopt.errors import PrefoptError
 from prefopt.machine import standard_console
 from prefopt.optimization import Optimization
 from prefopt.options import DataOptions, EvaluationOptions, ModelOptions, Options, SupervisedOptions, default_cache
 from prefopt.streams import Budget
+from prefopt.study import Entry, Study
 from prefopt.tasks import build_task
 
 ALGORITHMS = ("dpo", "ipo", "cpl", "ppo_offline", "ppo")

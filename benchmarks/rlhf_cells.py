@@ -22,7 +22,6 @@ from losses.registry import BoundLoss
 from prefopt import algorithms
 from prefopt.best_of_n import best_of_n, kl_bound, kl_of_ranks
 from prefopt.cell import run_cell
-from prefopt.compare import end_with_parent
 from prefopt.data.exact_world import (
     ExactWorld,
     WorldConfig,
@@ -36,6 +35,7 @@ from prefopt.data.exact_world.fixed_points import best_completion, k3_in_loss
 from prefopt.engines import OwnEngine
 from prefopt.files import write_json
 from prefopt.generate import Decoding
+from prefopt.machine import end_with_parent
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.tabular import TabularPolicy, build_tabular
 from prefopt.options import Options, RewardOptions

@@ -13,7 +13,6 @@ from rich.console import Console
 from prefopt import algorithms
 from prefopt.best_of_n import best_of_n, kl_bound
 from prefopt.cell import run_cell
-from prefopt.compare import Study
 from prefopt.data.report import DataReport
 from prefopt.data.sentiment import openings
 from prefopt.engines import build_engine
@@ -23,6 +22,7 @@ from prefopt.models.causal_lm import build_policy
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.schema import PromptRow
+from prefopt.study import Study
 from prefopt.tasks import prepare_process
 from prefopt.tasks.protocol import Training
 from prefopt.tasks.sentiment import GOLD, PROXY, SentimentTask

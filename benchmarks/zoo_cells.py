@@ -27,10 +27,10 @@ from transformers import DynamicCache
 from losses.registry import BoundLoss
 from prefopt import algorithms
 from prefopt.cell import run_cell
-from prefopt.compare import end_with_parent
 from prefopt.data.exact_world import ExactWorld, beta_at_kl, expected, kl, log_partition, optimal_logps, regret
 from prefopt.errors import TrainingError
 from prefopt.files import write_json
+from prefopt.machine import end_with_parent
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.optimization import Logging, Optimization
 from prefopt.options import DataOptions, EvaluationOptions, Options

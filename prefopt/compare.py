@@ -1,111 +1,40 @@
 """A comparison: algorithms x seeds on the same rows, in the same order, against the same reference -> results.json.
 
-A cell is a setting on a seed. Cells run in worker processes, each writes its own folder, and a finished cell is not run again,
-so an interrupted comparison goes on where it stopped and takes new algorithms later.
+A cell is a setting on a seed (jobs.py). A finished cell is not run again, so an interrupted comparison goes on where it stopped
+and takes new algorithms later; processes that share a folder share the work.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import re
+import shlex
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock
 from rich.console import Console
-from rich.table import Table
 
-from prefopt import __version__, algorithms
-from prefopt.cell import run_cell
 from prefopt.data.report import render
-from prefopt.errors import ConfigError, OutputError, PrefoptError
-from prefopt.files import write_json
-from prefopt.machine import standard_console
-from prefopt.options import Options, default_cache
+from prefopt.environment import environment
+from prefopt.errors import ConfigError, OutputError
+from prefopt.files import differences, write_json
+from prefopt.jobs import CELLS_FOLDER, Job, run_all
+from prefopt.options import default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
-from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, CellTiming, Ledger, Results, Setting, Timings
-from prefopt.stages import content_key
+from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, Results, Setting, Timings, Tuning
+from prefopt.study import Study
 from prefopt.tasks import Shared, Task, build_task, prepare_process
+from prefopt.tuning import chosen, tuned, tuning_study
 
-STUDY_FILE, CELLS_FOLDER = "study.json", "cells"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One algorithm of a comparison with the hyper-parameters that differ from its defaults, and a name if it needs one.
-
-    Args:
-        algorithm: a loss or a sum of losses, `online_` before it for fresh samples.
-        hyper: its hyper-parameters.
-        name: heads its row; made from the others if empty.
-        reward: fields of `RewardOptions` that differ from the study's, so that rewards can be compared as algorithms are.
-    """
-
-    algorithm: str
-    hyper: Mapping[str, Any] = field(default_factory=dict)
-    name: str = ""
-    reward: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """Its name in the report: as given, or the algorithm's with the values that were set."""
-        return self.name or self.algorithm + "".join(f" {name}={value}" for name, value in self.values.items())
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """Everything that was set, for the report."""
-        return {**self.hyper, **self.reward}
-
-    def options(self, shared: Options) -> Options:
-        """The study's options with this entry's reward."""
-        return replace(shared, reward=replace(shared.reward, **self.reward)) if self.reward else shared
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is compared.
-
-    Args:
-        entries: algorithms with hyper-parameters; labels must differ.
-        seeds: each trains every algorithm once.
-        options: data, model, budget, evaluation.
-        imports: users' files with losses of their own.
-        title: heads the report.
-        preset: how the options came about, for the report.
-        notes: lines for the report.
-    """
-
-    entries: Sequence[Entry]
-    seeds: Sequence[int]
-    options: Options = field(default_factory=Options)
-    imports: Sequence[str] = ()
-    title: str = "Preference optimization, compared"
-    preset: str = ""
-    notes: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        labels = [entry.label for entry in self.entries]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if not labels or twice:
-            raise ConfigError(f"name each setting once; {', '.join(twice) or 'nothing'} was named {'twice' if twice else ''}.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(f"seeds must be one or more different numbers, got {list(self.seeds)}.")
-
-    def settings(self) -> list[algorithms.Setting]:
-        """Every entry with all its numbers. Raises ConfigError for an unknown algorithm or option."""
-        algorithms.import_files(self.imports)
-        return [algorithms.get(entry.algorithm).setting(**entry.hyper) for entry in self.entries]
+STUDY_FILE, TUNING_FOLDER = "study.json", "tuning"
+_LOCK = ".lock"
 
 
 def compare(
@@ -114,17 +43,20 @@ def compare(
     *,
     cache: Path | None = None,
     workers: int | None = None,
+    shard: tuple[int, int] = (1, 1),
     save_policies: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Results:
-    """Runs every cell that is not finished yet, then writes results.json, timings.json, per-prompt results and the report.
+    """Tunes where the study says so, runs every cell that is not finished yet, and writes results, timings and the report.
 
     Args:
         study: what is compared.
         output: its folder; one that holds another study is refused unless `overwrite`.
         cache: of shared starts, reward models and reference log-probs.
         workers: processes side by side; None chooses by task and cores, 0 runs cells in this process.
+        shard: (i, n): only every n-th cell, from the i-th on, for processes that share the folder. Who ends last writes the
+            results; until then those that are there are returned and nothing is written.
         save_policies: keep every trained policy.
         overwrite: delete what `output` holds.
         console: for people; None is silent.
@@ -133,60 +65,100 @@ def compare(
         PrefoptError: bad options, data or output folder. A failing cell is reported in the results instead.
     """
     console = console or Console(quiet=True)
-    settings = study.settings()
+    study.settings()
     cache = cache or default_cache()
+    _check_shard(shard)
     prepare_folder(output, study, overwrite)
     begin = time.perf_counter()
     prepare_process(study.options, 1)
-    task = build_task(study.options, cache, console)
-    training = task.training(study.seeds[0])
-    console.print(render(training.report))
-    shared = task.shared(on_policy=any(setting.algorithm.on_policy for setting in settings))
-    for name, stage in shared.stages.items():
-        console.print(f"{name}: {'from the cache' if stage.cached else f'{stage.seconds:.0f} s'}", highlight=False)
+    study, records = tune(study, output, cache=cache, workers=workers, console=console)
+    task, shared = _prepare(study, cache, console)
     prepared = time.perf_counter() - begin
-    workers = _default_workers(study) if workers is None else workers
-    jobs = [
-        _Job(study, index, seed, output, cache, workers, save_policies)
-        for seed in study.seeds
-        for index in range(len(settings))
-    ]
-    # Setting by setting: workers that start on one seed together would wait for one of them to prepare it.
-    waiting = sorted((job for job in jobs if not job.done), key=lambda job: job.index)
-    if len(waiting) < len(jobs):
-        console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells were finished before and are kept.", highlight=False)
-    _run_all(waiting, workers, console)
-    results, timings = collect(study, task, shared, jobs, settings, prepared)
-    _write_rows(jobs, output)
-    save_timings(timings, output)
-    save_results(results, output)
-    path = write_report(output)
+    workers = default_workers(study) if workers is None else workers
+    jobs = list_jobs(study, output, cache, workers, save_policies)
+    _run_own(jobs, shard, workers, console)
+    results, timings = collect(study, task, shared, jobs, prepared, records)
+    unsettled = [job for job in jobs if not job.done and job.failure is None]
+    if shard != (1, 1) and unsettled:
+        console.print(
+            f"shard {shard[0]} of {shard[1]} is done; {len(unsettled)} cells of the others are not. The last one to end "
+            "writes the report.", highlight=False,
+        )  # fmt: skip
+        return results
+    with FileLock(output / _LOCK):
+        _write_rows(jobs, output)
+        save_timings(timings, output)
+        save_results(results, output)
+        path = write_report(output)
     print_summary(results, timings, console)
     console.print(str(path), highlight=False, soft_wrap=True)
     return results
 
 
-def describe(study: Study, console: Console, cache: Path | None = None) -> None:
-    """What `compare` would do, without training: rows by role, cells and their updates."""
-    settings = study.settings()
-    task_options = study.options
-    table = Table(title="cells", title_justify="left")
-    for column in ("setting", "stream", "seeds", "options"):
-        table.add_column(column)
-    for entry, setting in zip(study.entries, settings, strict=True):
-        options = ", ".join(f"{name} {value}" for name, value in setting.hyper.items())
-        table.add_row(entry.label, setting.algorithm.data, ", ".join(map(str, study.seeds)), options)
-    console.print(table)
-    if task_options.data.task == "text":
-        console.print(render(build_task(task_options, cache or default_cache(), console).training(study.seeds[0]).report))
-    seeds = len(study.seeds)
-    console.print(
-        f"{len(settings) * seeds} cells on {' '.join(task_options.data.data)}. Batch {task_options.budget.batch_size}, "
-        f"{task_options.budget.epochs:g} epochs"
-        + (f", at most {task_options.budget.max_steps} updates" if task_options.budget.max_steps else "")
-        + (". Fewer than 3 seeds: a smoke run, no ranking." if seeds < 3 else "."),
-        highlight=False,
-    )
+def tune(study: Study, output: Path, *, cache: Path, workers: int | None, console: Console) -> tuple[Study, tuple[Tuning, ...]]:
+    """The study with the numbers that its trials chose, and how they were chosen; as it is where it is not tuned.
+
+    Trials are cells of a study of their own in output/tuning, on rows and seeds that the report never uses.
+    """
+    if not study.tuning.trials:
+        return study, ()
+    trials = tuning_study(study)
+    folder = output / TUNING_FOLDER
+    task, shared = _prepare(trials, cache, console)
+    workers = default_workers(trials) if workers is None else workers
+    jobs = list_jobs(trials, folder, cache, workers)
+    _run_own(jobs, (1, 1), workers, console)
+    results, timings = collect(trials, task, shared, jobs, 0.0, ())
+    records = chosen(study, results, timings)
+    for record in records:
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in record.chosen.items())
+        border = f"; at the border of its range: {', '.join(record.border)}" if record.border else ""
+        console.print(f"tuned {record.group}: {numbers}{border}", highlight=False, markup=False)
+    return tuned(study, records), records
+
+
+def _prepare(study: Study, cache: Path, console: Console) -> tuple[Task, Shared]:
+    """What all cells share, trained before they start."""
+    task = build_task(study.options, cache, console)
+    console.print(render(task.training(study.seeds[0]).report))
+    shared = task.shared(on_policy=any(setting.algorithm.on_policy for setting in study.settings()))
+    for name, stage in shared.stages.items():
+        console.print(f"{name}: {'from the cache' if stage.cached else f'{stage.seconds:.0f} s'}", highlight=False)
+    return task, shared
+
+
+def list_jobs(study: Study, output: Path, cache: Path, workers: int = 0, save_policies: bool = False) -> list[Job]:
+    """The cells of a study, seed by seed."""
+    return [
+        Job(study, index, seed, output, cache, workers, save_policies)
+        for seed in study.seeds
+        for index in range(len(study.entries))
+    ]
+
+
+def _run_own(jobs: Sequence[Job], shard: tuple[int, int], workers: int, console: Console) -> None:
+    for job in jobs:
+        if job.damaged:
+            console.print(
+                f"{job.folder}: not what was written; the cell runs again.", highlight=False, markup=False, soft_wrap=True
+            )
+    mine = list(jobs)[shard[0] - 1 :: shard[1]]
+    # Setting by setting: workers that start on one seed together would wait for one of them to prepare it.
+    waiting = sorted((job for job in mine if not job.done), key=lambda job: job.index)
+    if len(waiting) < len(mine):
+        console.print(f"{len(mine) - len(waiting)} of {len(mine)} cells were finished before and are kept.", highlight=False)
+    run_all(waiting, workers, console)
+
+
+def _check_shard(shard: tuple[int, int]) -> None:
+    if not 1 <= shard[0] <= shard[1]:
+        raise ConfigError(f"shard {shard[0]}/{shard[1]}: expected i/n with i from 1 to n.")
+
+
+def default_workers(study: Study) -> int:
+    """Tiny models are bound by launch overhead and run side by side on a thread each; others get the whole machine."""
+    cells = len(study.entries) * len(study.seeds)
+    return max(1, min(os.cpu_count() or 1, cells)) if study.options.tiny else 1
 
 
 def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
@@ -195,174 +167,57 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
     Raises:
         OutputError: the folder holds another study, or something else.
     """
-    own = {"options": study.options.as_dict(), "imports": [str(path) for path in study.imports]}
-    own = json.loads(json.dumps(own))
+    own = json.loads(json.dumps(identity(study)))
     marker = output / STUDY_FILE
     if output.exists() and not output.is_dir():
         raise OutputError(f"--output-dir {output} is a file; name a folder.")
-    if output.is_dir() and any(output.iterdir()):
-        if marker.exists():
-            held = json.loads(marker.read_text())
-            if held == own:
-                return
-            # A comparison that stopped before its first cell, as on bad data, left nothing worth keeping.
-            if (output / CELLS_FOLDER).exists():
-                if not overwrite:
-                    differing = sorted(differences(held, own))
-                    raise OutputError(
-                        f"{output} holds a comparison with other options ({', '.join(differing)}). Name another --output-dir, "
-                        "or pass --overwrite to delete it."
-                    )
-                shutil.rmtree(output)
-        else:
-            raise OutputError(f"{output} is not empty and holds no comparison of prefopt; name another --output-dir.")
+    if output.is_dir() and not marker.exists() and any(path.name != _LOCK for path in output.iterdir()):
+        raise OutputError(f"{output} is not empty and holds no comparison of prefopt; name another --output-dir.")
     output.mkdir(parents=True, exist_ok=True)
-    write_json(marker, own)
+    with FileLock(output / _LOCK):  # processes may start together on one folder
+        held = json.loads(marker.read_text()) if marker.exists() else own
+        # A comparison that stopped before its first cell, as on bad data, left nothing worth keeping.
+        if held != own and ((output / CELLS_FOLDER).exists() or (output / TUNING_FOLDER).exists()):
+            if not overwrite:
+                differing = ", ".join(sorted(differences(held, own)))
+                raise OutputError(
+                    f"{output} holds a comparison with other options ({differing}). Name another --output-dir, "
+                    "or pass --overwrite to delete it."
+                )
+            for path in output.iterdir():
+                if path.name != _LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(marker, own)
 
 
-def differences(one: Any, other: Any, path: str = "") -> set[str]:
-    """The dotted names at which two trees of plain values differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        names = one.keys() | other.keys()
-        return set().union(*(differences(one.get(n), other.get(n), f"{path}.{n}" if path else n) for n in names))
-    return set() if one == other else {path}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A cell to run, with everything that a worker process needs."""
-
-    study: Study
-    index: int
-    seed: int
-    output: Path
-    cache: Path
-    workers: int
-    save_policies: bool
-
-    @property
-    def entry(self) -> Entry:
-        return self.study.entries[self.index]
-
-    @property
-    def folder(self) -> Path:
-        # Sums of losses hold characters that file systems refuse. The hash keeps settings of one algorithm apart whatever
-        # characters their values have, and sums that differ only in what was replaced.
-        name, replaced = re.sub(r"[^\w.-]", "_", self.entry.algorithm), re.findall(r"[^\w.-]", self.entry.algorithm)
-        key = content_key(self.entry.values, self.entry.name, *replaced)[:6]
-        return self.output / CELLS_FOLDER / f"{name}-{key}-seed{self.seed}"
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "cell.json").exists()
-
-
-def _default_workers(study: Study) -> int:
-    """Tiny models are bound by launch overhead and run side by side on a thread each; others get the whole machine."""
-    cells = len(study.entries) * len(study.seeds)
-    return max(1, min(os.cpu_count() or 1, cells)) if study.options.tiny else 1
-
-
-def _run_all(jobs: Sequence[_Job], workers: int, console: Console) -> None:
-    started = time.perf_counter()
-
-    def tell(done: int, job: _Job, error: str | None) -> None:
-        state = "done" if error is None else f"failed: {error.splitlines()[0]}"
-        console.print(
-            f"[{done}/{len(jobs)}] {job.entry.label} seed {job.seed} {state} ({time.perf_counter() - started:.0f} s)",
-            highlight=False,
-            markup=False,
-        )
-
-    if workers == 0:
-        for done, job in enumerate(jobs, start=1):
-            tell(done, job, _run_job(job))
-        return
-    # One process a cell: its peak memory is its own, and a crash of one leaves the others alone.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=end_with_parent, max_tasks_per_child=1
-    ) as pool:
-        futures: dict[Future[str | None], _Job] = {pool.submit(_run_job, job): job for job in jobs}
-        for done, future in enumerate(as_completed(futures), start=1):
-            job = futures[future]
-            failure = future.exception()
-            if failure is not None:
-                _write_failure(job, f"{type(failure).__name__}: {failure}")
-            tell(done, job, str(failure) if failure is not None else future.result())
-
-
-def end_with_parent() -> None:
-    """Makes a worker process end when its parent is gone: after a kill -9 it would go on computing for nobody."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _run_job(job: _Job) -> str | None:
-    """Runs a cell in this process and writes its folder; the error's text when it failed."""
-    prepare_process(job.study.options, job.workers)
-    console = standard_console() if job.workers == 1 else None
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "failure.txt").unlink(missing_ok=True)
-    options = job.entry.options(job.study.options)
-    try:
-        setting = job.study.settings()[job.index]
-        write_json(
-            job.folder / "config.json",
-            {"label": job.entry.label, "hyper": dict(setting.hyper), "seed": job.seed, **options.as_dict()},
-        )
-        task = build_task(options, job.cache, console)
-        result = run_cell(
-            task, setting, options, job.seed, label=job.entry.label, cache=job.cache, folder=job.folder,
-            resume=bool(options.logging.save_every), console=console,
-        )  # fmt: skip
-        if job.save_policies:
-            result.save(job.folder / "policy")
-        write_json(job.folder / "timing.json", asdict(result.timing))
-        (job.folder / PER_PROMPT_FILE).write_text("".join(json.dumps(asdict(row)) + "\n" for row in result.rows))
-        write_json(job.folder / "cell.json", asdict(result.cell))  # last: it says that the cell is finished
-    except PrefoptError as error:
-        _write_failure(job, str(error))
-        return str(error)
-    except Exception as error:
-        import traceback
-
-        _write_failure(job, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _write_failure(job: _Job, text: str) -> None:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "failure.txt").write_text(text)
+def identity(study: Study) -> dict[str, Any]:
+    """What all cells of a folder have in common, and what was fixed before the first of them ran."""
+    found: dict[str, Any] = {"options": study.options.as_dict(), "imports": [str(path) for path in study.imports]}
+    if study.kl_targets:
+        found["kl_targets"] = [*study.kl_targets]
+    if study.tuning.trials:
+        found["tuning"] = asdict(study.tuning)
+    return found
 
 
 def collect(
-    study: Study, task: Task, shared: Shared, jobs: Sequence[_Job], settings: Sequence[algorithms.Setting], prepared: float
+    study: Study, task: Task, shared: Shared, jobs: Sequence[Job], prepared: float, records: Sequence[Tuning]
 ) -> tuple[Results, Timings]:
     """Every cell's results and timings as one comparison."""
-    cells, timings = [], []
-    for job in jobs:
-        if job.done:
-            stored = json.loads((job.folder / "cell.json").read_text())
-            stored["ledger"] = Ledger(**stored["ledger"])
-            cells.append(Cell(**{**stored, "path": tuple(stored["path"]), "curve": tuple(stored["curve"])}))
-            timings.append(CellTiming(**json.loads((job.folder / "timing.json").read_text())))
-        else:
-            failure = job.folder / "failure.txt"
-            text = failure.read_text() if failure.exists() else "the worker process ended without a message"
-            cells.append(Cell(job.entry.algorithm, job.entry.label, job.seed, "failed", text))
+    finished = [job for job in jobs if job.done]
+    cells = [
+        job.result()
+        if job in finished
+        else Cell(job.entry.algorithm, job.entry.label, job.seed, "failed", job.failure or "it ended without a message")
+        for job in jobs
+    ]
     results = Results(
         schema_version=SCHEMA_VERSION,
         title=study.title,
         task=study.options.data.task,
         settings=tuple(
-            Setting(e.algorithm, e.label, {**s.hyper, **e.reward}) for e, s in zip(study.entries, settings, strict=True)
+            Setting(e.algorithm, e.label, {**e.setting().hyper, **e.reward, **e.optimization}, e.tuned, e.group)
+            for e in study.entries
         ),
         seeds=tuple(study.seeds),
         metrics=tuple(task.metrics),
@@ -370,7 +225,7 @@ def collect(
         preset=study.preset,
         created=datetime.now(UTC).strftime("%Y-%m-%d"),
         environment=environment(),
-        command=" ".join(["prefopt", *sys.argv[1:]]),
+        command=_command(),
         train=study.options.as_dict(),
         data=task.training(study.seeds[0]).report.as_dict(),
         reference=dict(shared.reference),
@@ -379,28 +234,29 @@ def collect(
         frontier=tuple(shared.frontier) if shared.frontier is not None else None,
         shared_ledger={f"{name}: trained tokens": float(stage.tokens) for name, stage in shared.stages.items()},
         notes=(*shared.notes, *study.notes),
+        question=study.question,
+        kl_targets=tuple(study.kl_targets),
+        tuning=tuple(records),
     )
     seconds = {name: stage.seconds for name, stage in shared.stages.items() if not stage.cached}
-    return results, Timings(tuple(timings), {"preparation": prepared, **seconds})
+    return results, Timings(tuple(job.timing() for job in finished), {"preparation": prepared, **seconds})
 
 
-def environment() -> dict[str, str]:
-    """What the numbers depend on besides the options."""
-    import transformers
-
-    return {
-        "prefopt": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "threads": str(torch.get_num_threads()),
-    }
+# Flags that change who computes what and not what comes out.
+_PLACING = ("--shard", "--workers")
 
 
-def _write_rows(jobs: Sequence[_Job], output: Path) -> None:
+def _command() -> str:
+    """The command line without what is of one process alone, so that all who share a study write the same."""
+    kept, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word.split("=")[0] not in _PLACING:
+            kept.append(word)
+        skip = not skip and word in _PLACING
+    return shlex.join(["prefopt", *kept])
+
+
+def _write_rows(jobs: Sequence[Job], output: Path) -> None:
     text = "".join((job.folder / PER_PROMPT_FILE).read_text() for job in jobs if job.done)
     if text:
         (output / PER_PROMPT_FILE).write_text(text)

@@ -1,10 +1,13 @@
-"""What a run can learn of its machine, and ask of it, without a dependency: memory, and a console of readable width."""
+"""What a run can learn of its machine, and ask of it, without a dependency: memory, a readable console, a common end."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
+import threading
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -63,3 +66,15 @@ def keep_freed_memory() -> bool:
 def standard_console() -> Console:
     """Standard output: as wide as the terminal, or wide enough for tables where there is none."""
     return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+
+
+def end_with_parent() -> None:
+    """Makes a worker process end when its parent is gone: after a kill -9 it would go on computing for nobody."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

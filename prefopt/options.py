@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from prefopt.errors import ConfigError
+from prefopt.decode import decode, decode_value, unquoted
+from prefopt.errors import ConfigError, DataError
 from prefopt.models.hydra import Hydra
 from prefopt.optimization import Logging, Optimization
 from prefopt.streams import Budget
@@ -204,10 +205,34 @@ class ControlOptions:
 
 
 @dataclass(frozen=True)
+class TuningOptions:
+    """How the algorithms of a study are tuned, each by as many trials (not a part of `Options`: a trial has none).
+
+    Args:
+        trials: Trials of every algorithm before the study, the setting as it is given first; 0 tunes nothing.
+        tuning_seeds: Seeds of every trial, none of which the study uses.
+        space: What is tuned and between which values: NAME=LOW:HIGH on a logarithmic scale, NAME=A,B,C for one of these;
+            ALGORITHM.NAME=... is of one algorithm. The learning rate is always tuned, between a tenth and ten times its value
+            where nothing is said.
+    """
+
+    trials: int = 0
+    tuning_seeds: int = 1
+    space: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.trials < 0 or self.tuning_seeds < 1:
+            raise ConfigError(f"trials must not be negative and tuning_seeds at least 1; got {self}.")
+        if self.space and not self.trials:
+            raise ConfigError("space says what is tuned, and trials is 0: say how many trials each algorithm gets.")
+
+
+@dataclass(frozen=True)
 class EvaluationOptions:
     """What is measured, and how often.
 
     Args:
+        eval_rows: Where: test rows for a report, tuning rows while hyper-parameters are chosen.
         checkpoints: Evaluations along a run, the last step included.
         eval_pairs: Test pairs for accuracies and margins; 0 uses all.
         eval_prompts: Test prompts that are sampled from for KL, length and judge scores; episodes in control.
@@ -216,6 +241,7 @@ class EvaluationOptions:
             the gap between it and the gold reward (sentiment).
     """
 
+    eval_rows: Literal["test", "tuning"] = "test"
     checkpoints: int = 4
     eval_pairs: int = 256
     eval_prompts: int = 64
@@ -251,6 +277,39 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+def build_options(values: Mapping[str, Any], **defaults: Any) -> Options:
+    """Options from the plain values of flags or of a file, by the names of their fields; other names are ignored.
+
+    Raises:
+        ConfigError: a value of another type, or out of range.
+    """
+    given = {**defaults, **values}
+    parts = {}
+    for part, kind in get_type_hints(Options).items():
+        hints = get_type_hints(kind)
+        try:
+            read = {
+                f.name: decode_value(hints[f.name], unquoted(hints[f.name], given[f.name]), f.name)
+                for f in fields(kind)
+                if f.name in given
+            }
+        except DataError as error:
+            raise ConfigError(str(error)) from error
+        parts[part] = kind(**read)
+    return Options(**parts)
+
+
+def options_of(stored: Mapping[str, Any], where: str) -> Options:
+    """The inverse of `Options.as_dict`; other names are ignored.
+
+    Raises:
+        DataError: a field that this version does not have, or a wrong type.
+    """
+    return Options(
+        **{part: decode(kind, stored[part], where) for part, kind in get_type_hints(Options).items() if part in stored}
+    )
 
 
 def default_cache() -> Path:

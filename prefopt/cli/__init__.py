@@ -1,4 +1,5 @@
-"""The command line: `prefopt train | compare | iterate | report | data | control | losses | laws | doctor`.
+"""The command line: `prefopt train | compare | tune | rerun | iterate | report |
+judge | label | power | cite | data | control | losses | laws | doctor`.
 
 Commands are imported only when they are called, so that help and reports do not wait for torch.
 """
@@ -40,9 +41,15 @@ class _Command:
 _COMMANDS = {
     "train": _Command("Train one algorithm and measure the policy.", "prefopt.cli.train"),
     "compare": _Command("Train several algorithms on several seeds and write the report.", "prefopt.cli.compare"),
+    "tune": _Command("Choose every algorithm's numbers by equally many trials.", "prefopt.cli.tune"),
+    "rerun": _Command("Train a cell of a comparison once more, and say whether the same came out.", "prefopt.cli.rerun"),
     "iterate": _Command("Sample, label and learn in rounds, by a reward or by people.", "prefopt.cli.iterate"),
     "score": _Command("Score pairs by many losses on one forward pass: values, rewards, gradients.", "prefopt.cli.score"),
     "report": _Command("Make report.html anew from the results of a comparison.", "prefopt.cli.report"),
+    "judge": _Command("Win rates of samples under judges: models, functions, people.", "prefopt.cli.judge"),
+    "label": _Command("Label pairs by a language model or a reward: data that any algorithm trains on.", "prefopt.cli.label"),
+    "power": _Command("What seeds and prompts can show, before a run.", "prefopt.cli.power"),
+    "cite": _Command("Methods paragraph and BibTeX of what a comparison used.", "prefopt.cli.cite"),
     "data": _Command("Look at preference data.", "prefopt.cli.data"),
     "control": _Command("Make offline data of simulated control tasks, or look at it.", "prefopt.cli.control"),
     "losses": _Command("List the losses by family, or show one whole: equation, data, flags, paper.", "prefopt.cli.losses"),
@@ -55,6 +62,8 @@ _AGAIN = {
     "train": "with --resume goes on from the newest checkpoint",
     "iterate": "with --resume goes on with what is not finished",
     "compare": "goes on with what is not finished",
+    "tune": "goes on with the trials that are missing",
+    "label": "goes on with the labels that are missing",
     "control": "goes on with the shards that are missing",
 }
 

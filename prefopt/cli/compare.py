@@ -1,4 +1,4 @@
-"""`prefopt compare ALGO...`: several algorithms on several seeds, and one report."""
+"""`prefopt compare STUDY.yaml | ALGO...`: several algorithms on several seeds, and one report; `tune` shares its flags."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from inspect import Parameter as Argument
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from cyclopts import App, Parameter
 from cyclopts.config import Dict
 
@@ -15,43 +14,57 @@ from losses.suggestions import suggest_option
 from prefopt import algorithms
 from prefopt.cli.flags import (
     Flag,
-    build_options,
     check_values,
+    field_flags,
     import_flag,
     make_command,
     option_flags,
     option_values,
     parameter_defaults,
-    parse_value,
 )
 from prefopt.cli.lookup import find_algorithm
-from prefopt.compare import Entry, Study, compare, describe
+from prefopt.compare import compare
 from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
+from prefopt.options import TuningOptions
+from prefopt.plan import describe
+from prefopt.study import Study, assign, preset_file, presets, read_item, read_study, study_of
 
-_COMMAND, _STUDY = "compare", "Study"
-_PRESETS = Path(__file__).parent.parent / "presets"
-# What the YAML file may name besides flags.
+_COMMAND, _STUDY, TUNING = "compare", "Study", "Tuning"
+# What a study file may name besides flags.
 _ALGORITHMS = "algorithms"
 _ALGORITHM_HELP = (
     "Losses (`prefopt losses`), or weighted sums of them as dpo:1.0+sft:0.2; online_ before an offline one trains it on fresh "
-    "samples of the policy, ordered by the reward: online_dpo."
+    "samples of the policy, ordered by the reward: online_dpo. Or one study file, as --config names it."
 )
+_SUFFIXES = (".yaml", ".yml")
 
 
 def build(tokens: Sequence[str]) -> App:
-    """`compare`; the values of `--config` stand in for the flags that are not given.
+    """`compare`; the values of the study file, `--config` and `--preset` stand in for the flags that are not given.
 
     Raises:
-        ConfigError: a config file that cannot be read.
+        ConfigError: a study file that cannot be read.
     """
-    files = [("--config", Path(path)) for path in option_values(tokens, "--config")]
-    files += [("--preset", _preset(name)) for name in option_values(tokens, "--preset")]
-    settings = [(flag, _read_config(path, flag)) for flag, path in files]  # a config's values win over a preset's
-    names = [str(name) for _, values in settings for name in values.pop(_ALGORITHMS, [])]
+    return study_command(_COMMAND, tokens, [*study_flags(), *_run_flags(), *field_flags(TuningOptions, TUNING)], _run)
 
-    def run(*given: str, **values: Any) -> None:
-        _run([*given, *values.get("named", ())] or names, values)
+
+def study_command(command: str, tokens: Sequence[str], flags: Sequence[Flag], run: Any, **defaults: Any) -> App:
+    """A command on a study: `run(study, values)` gets it with all flags that were given; `defaults` are the command's own."""
+    files = [("the study", Path(path)) for path in _named_files(tokens, command)]
+    files += [("--config", Path(path)) for path in option_values(tokens, "--config")]
+    files += [("--preset", preset_file(name)) for name in option_values(tokens, "--preset")]
+    settings = [(flag, read_study(path, flag)) for flag, path in files]  # a config's values win over a preset's
+    items: Sequence[Any] = next((values[_ALGORITHMS] for _, values in settings if _ALGORITHMS in values), [])
+    seeds = next((values.pop("seeds") for _, values in settings if isinstance(values.get("seeds"), list)), None)
+    for _, values in settings:
+        values.pop(_ALGORITHMS, None)
+
+    def start(*given: str, **values: Any) -> int | None:
+        named = [name for name in (*given, *values.pop("named", ())) if not name.endswith(_SUFFIXES)]
+        if seeds is not None:
+            values.setdefault("seeds", seeds)
+        return run(_study(named or items, {**defaults, **values}), values)
 
     positional = Argument(
         "algorithm",
@@ -59,20 +72,31 @@ def build(tokens: Sequence[str]) -> App:
         annotation=Annotated[str, Parameter(help=_ALGORITHM_HELP, group=_STUDY)],
     )
     # Under the command's own name: of a flat mapping cyclopts drops every key that is also a command, such as `data`.
-    config = [Dict({_COMMAND: values}, source=flag) for flag, values in settings]
-    app = App(_COMMAND, version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext", config=config)
-    app.default(make_command(run, [*_study_flags(), *option_flags()], _STUDY, positional))
+    config = [Dict({command: values}, source=flag) for flag, values in settings]
+    app = App(command, version_flags=(), default_parameter=parameter_defaults(), help_format="plaintext", config=config)
+    app.default(make_command(start, [*flags, *option_flags()], _STUDY, positional))
     return app
+
+
+def _named_files(tokens: Sequence[str], command: str) -> list[str]:
+    """Words right after the command that are study files."""
+    words = list(tokens[tokens.index(command) + 1 :]) if command in tokens else []
+    first = [word for word in words[:1] if word.endswith(_SUFFIXES)]
+    if first and any(word.endswith(_SUFFIXES) for word in words[1:2]):
+        raise ConfigError(f"{command} takes one study file, got {' and '.join(words[:2])}.")
+    return first
 
 
 def explain_unknown(tokens: Sequence[str], option: str) -> str:
     """What to do about an option that `compare` does not have; it is often a hyper-parameter of one algorithm."""
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    hint = suggest_option(name, [flag.name for flag in (*_study_flags(), *option_flags())])
-    return f"compare has no option {option.partition('=')[0]}{hint}. Hyper-parameters are set by --set ALGO.FLAG=VALUE."
+    flags = [*study_flags(), *_run_flags(), *field_flags(TuningOptions, TUNING), *option_flags()]
+    hint = suggest_option(name, [flag.name for flag in flags])
+    return f"compare has no option {option.partition('=')[0]}{hint}. Hyper-parameters are set by --set ALGO.NAME=VALUE."
 
 
-def _study_flags() -> list[Flag]:
+def study_flags() -> list[Flag]:
+    """What is trained, for every command on a study."""
     named: Any = Annotated[tuple[str, ...], Parameter(name=("--loss", "--losses"))]
     chosen: Any = Annotated[tuple[str, ...], Parameter(name="--set")]
     return [
@@ -85,11 +109,27 @@ def _study_flags() -> list[Flag]:
             _STUDY,
         ),
         Flag("seeds", int, 3, "How many seeds; each trains every algorithm once. Under 3 there is no ranking.", _STUDY),
-        Flag("assignments", chosen, (), "Hyper-parameters as ALGO.FLAG=VALUE, for example dpo.beta=0.5.", _STUDY),
-        Flag("config", Path | None, None, "YAML with the same names (and `algorithms`); flags given here win.", _STUDY),
-        Flag("preset", str, "", f"A study that comes with prefopt: {', '.join(_presets())}. --config and flags win.", _STUDY),
+        Flag(
+            "assignments", chosen, (),
+            "Numbers of one algorithm as ALGO.NAME=VALUE: hyper-parameters, learning_rate and other options of optimizer and "
+            "reward. dpo.beta=0.03,0.1,0.3 is a grid of strengths, read as one frontier.", _STUDY,
+        ),
+        Flag(
+            "kl_targets", tuple[float, ...], (),
+            "Nats at which algorithms are compared, fixed before the run; the first is the primary end point's.", _STUDY,
+        ),
+        Flag("question", str, "", "What the study asks, in one sentence; heads the report.", _STUDY),
+        Flag("config", Path | None, None, "A study file: YAML with the same names, and `algorithms`; flags win.", _STUDY),
+        Flag("preset", str, "", f"A study that comes with prefopt: {', '.join(presets())}. --config and flags win.", _STUDY),
         Flag("title", str, "", "Heads the report.", _STUDY),
-        Flag("dry_run", bool, False, "Show rows, cells and options, and train nothing.", _STUDY),
+        import_flag(_STUDY),
+    ]  # fmt: skip
+
+
+def _run_flags() -> list[Flag]:
+    return [
+        Flag("dry_run", bool, False, "Show rows, cells, options, expected time and disk, and train nothing.", _STUDY),
+        Flag("probe", bool, False, "With --dry-run: time a few updates of each setting first.", _STUDY),
         Flag(
             "workers",
             int | None,
@@ -97,83 +137,67 @@ def _study_flags() -> list[Flag]:
             "Processes side by side; 0 runs in this one. Chosen by task and cores if not given.",
             _STUDY,
         ),
+        Flag(
+            "shard", str, "",
+            "i/n: only every n-th cell, from the i-th on. Start one of each on machines that share the folder (an array job); "
+            "who ends last writes the report.", _STUDY,
+        ),
         Flag("save_policies", bool, False, "Keep every trained policy.", _STUDY),
         Flag("overwrite", bool, False, "Delete the comparison that the folder holds.", _STUDY),
-        import_flag(_STUDY),
-    ]
+    ]  # fmt: skip
 
 
-def _run(names: Sequence[str], values: Mapping[str, Any]) -> None:
-    """Builds the study and runs or describes it."""
-    imports = values.get("imports", ())
-    algorithms.import_files(imports)
-    if not names:
+def _study(items: Sequence[Any], values: Mapping[str, Any]) -> Study:
+    """The study that flags and files describe, every number of it tried once.
+
+    Raises:
+        ConfigError: it makes no sense.
+    """
+    algorithms.import_files(values.get("imports", ()))
+    if not items:
         raise ConfigError(
             f"name the algorithms to compare: prefopt compare dpo ipo. Known: {', '.join(algorithms.trainable_names())}."
         )
-    for name in names:
-        find_algorithm(name)
-    hyper = parse_assignments(names, values.get("assignments", ()))
-    entries = [Entry(name, hyper[name]) for name in names]
-    seeds = values.get("seeds", 3)
-    if seeds < 1:
-        raise ConfigError(f"--seeds is {seeds}; it is how many seeds to run, at least 1.")
-    title = {"title": values["title"]} if values.get("title") else {}
-    preset = values.get("preset", "")
-    study = Study(entries, tuple(range(seeds)), build_options(values), tuple(imports), preset=preset, **title)
+    for item in items:
+        find_algorithm(read_item(item)[0])
+    plain = {name: value for name, value in values.items() if name not in _NOT_OF_THE_STUDY}
+    study = study_of({**plain, _ALGORITHMS: assign(items, values.get("assignments", ()))}, preset=values.get("preset", ""))
     for setting in study.settings():
         check_values(setting)
+    return study
+
+
+# Flags of a run of it, or that were used to make it.
+_NOT_OF_THE_STUDY = frozenset(
+    {"assignments", "output_dir", "config", "preset", "dry_run", "probe", "workers", "shard", "save_policies", "overwrite"}
+)
+
+
+def _run(study: Study, values: Mapping[str, Any]) -> None:
+    """Runs or describes the study."""
     console = standard_console()
+    keep, workers = values.get("save_policies", False), values.get("workers")
     if values.get("dry_run"):
-        describe(study, console)
+        describe(study, console, probe=values.get("probe", False), save_policies=keep, workers=workers or 1)
         return
+    compare(
+        study, output_of(values), workers=workers, shard=_shard(values.get("shard", "")), save_policies=keep,
+        overwrite=values.get("overwrite", False), console=console,
+    )  # fmt: skip
+
+
+def output_of(values: Mapping[str, Any]) -> Path:
+    """The folder of the study. Raises ConfigError where none is named."""
     output = values.get("output_dir")
     if output is None:
         raise ConfigError("name the folder of this comparison: --output-dir FOLDER; or look first: --dry-run.")
-    keep, overwrite = values.get("save_policies", False), values.get("overwrite", False)
-    compare(study, output, workers=values.get("workers"), save_policies=keep, overwrite=overwrite, console=console)
+    return Path(output)
 
 
-def parse_assignments(names: Sequence[str], assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Hyper-parameters by algorithm from ALGO.FLAG=VALUE.
-
-    Raises:
-        ConfigError: another form, an algorithm that is not compared, an unknown flag or a value of another type.
-    """
-    found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for text in assignments:
-        where, equals, value = text.partition("=")
-        name, dot, flag = where.rpartition(".")
-        if not (equals and dot and name and flag.replace("-", "_").isidentifier()):
-            raise ConfigError(f"--set {text}: expected ALGO.FLAG=VALUE, for example --set {names[0]}.FLAG=VALUE.")
-        if name not in found:
-            raise ConfigError(
-                f"--set {text}: {name!r} is not compared{suggest_option(name, names)}. Compared: {', '.join(names)}."
-            )
-        found[name][flag.replace("-", "_")] = parse_value(find_algorithm(name), flag, value)
-    return found
-
-
-def _presets() -> list[str]:
-    """The studies in prefopt/presets, by name."""
-    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
-
-
-def _preset(name: str) -> Path:
-    if name not in _presets():
-        raise ConfigError(
-            f"--preset {name}: there is none{suggest_option(name, _presets())}. There are: {', '.join(_presets())}."
-        )
-    return _PRESETS / f"{name}.yaml"
-
-
-def _read_config(path: Path, flag: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{flag} {path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not isinstance(values.get(_ALGORITHMS, []), list):
-        raise ConfigError(f"{flag} {path}: expected `name: value` lines with the names of flags, and `algorithms: [dpo, ipo]`.")
-    return {str(name): value for name, value in values.items()}
+def _shard(text: str) -> tuple[int, int]:
+    if not text:
+        return 1, 1
+    one, slash, all_of_them = text.partition("/")
+    if not (slash and one.isdecimal() and all_of_them.isdecimal()):
+        raise ConfigError(f"--shard {text}: expected i/n, for example 2/8.")
+    return int(one), int(all_of_them)

@@ -8,8 +8,8 @@ from importlib import metadata
 
 from cyclopts import App
 
-from prefopt.compare import environment
 from prefopt.control.simulate import mujoco_conflict
+from prefopt.environment import environment
 
 # A dependency as the package's metadata writes it, with the extra that it belongs to.
 _REQUIREMENT = re.compile(r"""^([\w.-]+).*;.*extra == ["'](\w+)["']""")

@@ -6,16 +6,15 @@ Nothing here lists a loss, an option or a default.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
 import torch
-from cyclopts import App, CoercionError, CycloptsError, Group, Parameter, Token
+from cyclopts import CoercionError, Group, Parameter, Token
 
 from losses.declaration import argument_help
 from losses.sampling import sample_tensors
-from losses.suggestions import suggest_option
 from prefopt.algorithms import Algorithm, Setting
 from prefopt.errors import ConfigError
 from prefopt.options import Options
@@ -43,33 +42,23 @@ def hyper_flags(algorithm: Algorithm) -> list[Flag]:
 
 def option_flags(**defaults: Any) -> list[Flag]:
     """Every field of the option dataclasses; `defaults` replace those of the dataclasses."""
+    return [flag for part, kind in get_type_hints(Options).items() for flag in field_flags(kind, part.capitalize(), **defaults)]
+
+
+def field_flags(kind: type, group: str, **defaults: Any) -> list[Flag]:
+    """The fields of one dataclass of options; `defaults` replace its own."""
+    hints, help_lines = get_type_hints(kind), argument_help(inspect.getdoc(kind) or "")
     flags = []
-    for part, kind in get_type_hints(Options).items():
-        hints, help_lines = get_type_hints(kind), argument_help(inspect.getdoc(kind) or "")
-        for item in fields(kind):
-            if item.name in _HIDDEN:
-                continue
+    for item in fields(kind):
+        if item.name not in _HIDDEN:
             assert item.default is not MISSING
             help_line = _sentence(help_lines.get(item.name, ""))
-            flags.append(Flag(item.name, hints[item.name], defaults.get(item.name, item.default), help_line, part.capitalize()))
+            flags.append(Flag(item.name, hints[item.name], defaults.get(item.name, item.default), help_line, group))
     return flags
 
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def build_options(values: Mapping[str, Any], **defaults: Any) -> Options:
-    """Options from the flags that were given; other names are ignored.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-    given = {**defaults, **values}
-    parts = {}
-    for part, kind in get_type_hints(Options).items():
-        parts[part] = kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
-    return Options(**parts)
 
 
 def make_command(
@@ -155,27 +144,6 @@ def import_flag(group: str) -> Flag:
     """`--import FILE`, which is read by `import_paths` and stands here for help and parsing."""
     parameter = Parameter(name="--import")
     return Flag("imports", Annotated[tuple[str, ...], parameter], (), "Python files of your own that register losses.", group)
-
-
-def parse_value(algorithm: Algorithm, name: str, text: str) -> Any:
-    """A hyper-parameter's value from text, by the rules of `prefopt train`.
-
-    Raises:
-        ConfigError: an unknown name, with a suggestion, or a value of another type.
-    """
-    name = name.replace("-", "_")
-    if name not in algorithm.flags:
-        known = ", ".join(algorithm.flags) or "none"
-        raise ConfigError(
-            f"{algorithm.name} has no option {name!r}{suggest_option(name, algorithm.flags)}. Its options: {known}."
-        )
-    app = App(default_parameter=parameter_defaults())
-    app.default(make_command(lambda: None, [flag for flag in hyper_flags(algorithm) if flag.name == name]))
-    try:
-        _, bound, _ = app.parse_args([f"--{name.replace('_', '-')}={text}"], exit_on_error=False, print_error=False)
-    except CycloptsError as error:
-        raise ConfigError(f"{algorithm.name}.{name}={text}: {' '.join(str(error).split())}") from error
-    return bound.arguments[name]
 
 
 def check_values(setting: Setting) -> Setting:

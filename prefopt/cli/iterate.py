@@ -13,7 +13,6 @@ from losses.suggestions import suggest_option
 from prefopt import algorithms
 from prefopt.cli.flags import (
     Flag,
-    build_options,
     check_values,
     hyper_flags,
     import_flag,
@@ -28,6 +27,7 @@ from prefopt.cli.train import SAVE_EVERY
 from prefopt.errors import ConfigError
 from prefopt.iterate import LoopOptions, iterate
 from prefopt.machine import standard_console
+from prefopt.options import build_options
 
 _RUN, _LOOP, _UPDATE, _DEFAULT = "Run", "Loop", "--update", "dpo"
 _HELP = """Rounds of feedback: sample completions from the policy, have them labelled, update the policy on the labels.

@@ -22,24 +22,23 @@ from losses.suggestions import suggest_option
 from prefopt import algorithms
 from prefopt.cli.flags import (
     Flag,
-    build_options,
     check_values,
     import_flag,
     make_command,
     option_flags,
     parameter_defaults,
-    parse_value,
 )
 from prefopt.cli.lookup import find_algorithm, find_loss
-from prefopt.compare import Entry, environment
+from prefopt.environment import environment
 from prefopt.errors import ConfigError, OutputError
 from prefopt.files import write_json
 from prefopt.machine import standard_console
-from prefopt.options import Options, default_cache
+from prefopt.options import Options, build_options, default_cache
 from prefopt.runlog import counter
 from prefopt.score import Accuracy, LossScore, ScoreTable, score
 from prefopt.score_inputs import Role, policy_folder, read_inputs, run_options
 from prefopt.score_pairs import pair_batches
+from prefopt.study import Entry, typed
 from prefopt.tasks import prepare_process
 
 SCHEMA_VERSION = 1
@@ -157,7 +156,11 @@ def _read_word(word: str) -> tuple[str, dict[str, Any]]:
         flag, equals, value = text.partition("=")
         if not (flag and equals):
             raise ConfigError(f"--losses {word}: {_FORM}")
-        found[flag.replace("-", "_")] = parse_value(find_algorithm(name), flag, value)
+        flag, algorithm = flag.replace("-", "_"), find_algorithm(name)
+        if flag not in algorithm.flags:
+            hint = suggest_option(flag, algorithm.flags)
+            raise ConfigError(f"{name} has no option {flag!r}{hint}. Its options: {', '.join(algorithm.flags) or 'none'}.")
+        found[flag] = typed(name, flag, value)
     return name, found
 
 

@@ -22,7 +22,6 @@ from prefopt.cell import CellResult, run_cell
 from prefopt.cli import catalogue
 from prefopt.cli.flags import (
     Flag,
-    build_options,
     check_values,
     hyper_flags,
     import_flag,
@@ -33,12 +32,12 @@ from prefopt.cli.flags import (
     parameter_defaults,
 )
 from prefopt.cli.lookup import find_algorithm
-from prefopt.compare import differences, environment
 from prefopt.data.report import DataReport, render, render_plain
+from prefopt.environment import environment
 from prefopt.errors import ConfigError, OutputError
-from prefopt.files import write_json
+from prefopt.files import differences, write_json
 from prefopt.machine import standard_console
-from prefopt.options import Options, default_cache
+from prefopt.options import Options, build_options, default_cache
 from prefopt.report.schema import PER_PROMPT_FILE, Metric
 from prefopt.rewards.quality import Quality, measure_quality, quality_table
 from prefopt.runlog import FILE as METRICS_FILE

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from prefopt.compare import differences, end_with_parent
 from prefopt.control.folder import (
     FORMAT,
     MANIFEST,
@@ -50,7 +49,8 @@ from prefopt.control.simulate import (
 )
 from prefopt.control.steps import Steps
 from prefopt.errors import ConfigError, DataError, OutputError
-from prefopt.files import write_json
+from prefopt.files import differences, write_json
+from prefopt.machine import end_with_parent
 from prefopt.runlog import counter
 
 _LONGEST = 500  # Meta-World's own limit

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefopt.compare import differences
 from prefopt.errors import OutputError
+from prefopt.files import differences
 
 try:
     import fcntl

@@ -11,13 +11,17 @@ import math
 import numbers
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from prefopt.decode import decode
 from prefopt.errors import DataError
 from prefopt.files import write_json
+
+if TYPE_CHECKING:
+    from prefopt.report.grid import Grid
+    from prefopt.report.statistics import Comparison
 
 SCHEMA_VERSION = 1
 RESULTS_FILE, TIMINGS_FILE, PER_PROMPT_FILE = "results.json", "timings.json", "per_prompt.jsonl"
@@ -221,6 +225,23 @@ class Results:
         found = {cell.seed: cell.final.get(key, math.nan) for cell in self.cells_of(label)}
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
+    def table(self, kl: float | None = None) -> Grid:
+        """The main table, or the primary metric with its tests at a KL in nats; `print` draws it. Raises ConfigError."""
+        from prefopt.report.matched_tables import target_grid
+        from prefopt.report.tables import results_grid
+
+        return results_grid(self) if kl is None else target_grid(self, kl)
+
+    def compare(self, left: str, right: str, kl: float | None = None) -> Comparison:
+        """The test of one pair at the primary end point, or at another KL in nats; `.sentence` says it in words.
+
+        Raises:
+            ConfigError: as `prefopt.report.matched.compare`.
+        """
+        from prefopt.report.matched import compare
+
+        return compare(self, left, right, kl)
+
 
 @dataclass(frozen=True)
 class CellTiming:
@@ -270,7 +291,7 @@ def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:
             f"{where}: schema_version is {version!r}, this prefopt reads {SCHEMA_VERSION}. "
             "Make the report with the prefopt version that ran the comparison, or run the comparison again."
         )
-    results = _decode(Results, raw, where)
+    results = decode(Results, raw, where)
     _check(results, where)
     return results
 
@@ -295,7 +316,7 @@ def save_results(results: Results, folder: Path) -> Path:
 def load_timings(folder: Path) -> Timings | None:
     """Reads folder/timings.json; None when the comparison has none."""
     file = folder / TIMINGS_FILE
-    return _decode(Timings, _load_json(file), str(file)) if file.is_file() else None
+    return decode(Timings, _load_json(file), str(file)) if file.is_file() else None
 
 
 def save_timings(timings: Timings, folder: Path) -> Path:
@@ -312,7 +333,7 @@ def load_prompt_rows(folder: Path) -> tuple[PromptRow, ...]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                rows.append(_decode(PromptRow, _parse_json(line, f"{file}:{number}"), f"{file}:{number}"))
+                rows.append(decode(PromptRow, _parse_json(line, f"{file}:{number}"), f"{file}:{number}"))
     return tuple(rows)
 
 
@@ -346,46 +367,6 @@ def _check(results: Results, where: str) -> None:
             )
         if cell.status == "failed" and cell.error is None:
             raise DataError(f"{where}: cell {cell.label!r} seed {cell.seed} failed without an error; write what stopped it.")
-
-
-def _decode(kind: type[Record], raw: Any, where: str) -> Record:
-    """One JSON object as a dataclass."""
-    if not isinstance(raw, dict):
-        raise DataError(f"{where}: expected an object ({kind.__name__}), got {type(raw).__name__}.")
-    hints = get_type_hints(kind)
-    declared = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(raw.keys() - declared.keys())
-    if unknown:
-        raise DataError(f"{where}: unknown field {', '.join(unknown)}; {kind.__name__} has {', '.join(declared)}.")
-    missing = [n for n, f in declared.items() if n not in raw and f.default is MISSING and f.default_factory is MISSING]
-    if missing:
-        raise DataError(f"{where}: field {', '.join(missing)} is missing; {kind.__name__} needs it.")
-    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in raw.items()})
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """One JSON value as the annotated type; the error names the place."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, UnionType):
-        return None if value is None else _value(next(item for item in arguments if item is not type(None)), value, where)
-    if origin is Literal and value in arguments:
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is Mapping and isinstance(value, dict):
-        return {name: _value(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _decode(kind, value, where)
-    if kind is float and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
-        return math.nan if value is None else float(value)
-    if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
-        return int(value)
-    if kind in (str, bool) and isinstance(value, kind):
-        return value
-    wanted = " or ".join(map(repr, arguments)) if origin is Literal else getattr(origin or kind, "__name__", str(kind))
-    raise DataError(f"{where}: expected {wanted}, got {value!r:.80}.")
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from losses.registry import BoundLoss
 from prefopt.data.exact_world.labels import LabelModel, parse_labels
 from prefopt.data.records import Example, Record, Text
 from prefopt.data.report import DataReport
-from prefopt.data.sentiment import FOLDS, Fold, Opening, Review, openings, read_reviews, source_name, split_folds
+from prefopt.data.sentiment import FOLDS, Opening, Review, openings, read_reviews, source_name, split_folds
 from prefopt.errors import ConfigError
 from prefopt.evaluate import correlation, measure_pairs, perplexity, sample_and_measure, wilson_interval
 from prefopt.generate import Decoding
@@ -185,14 +185,14 @@ class SentimentTask:
 
     def _test_pairs(self, model: Any) -> list[Example]:
         """Pairs on test prompts in the gold reward's order, without label noise."""
-        count = self._options.evaluation.eval_pairs or len(self.prompts("test"))
-        return self._pairs(model, "test", count, parse_labels("deterministic"), _HELD_OUT)[0]
+        count = self._options.evaluation.eval_pairs or len(self.prompts(self._options.evaluation.eval_rows))
+        return self._pairs(model, self._options.evaluation.eval_rows, count, parse_labels("deterministic"), _HELD_OUT)[0]
 
     def evaluate(
         self, policy: CausalLMPolicy, reference: FrozenReference, cache: ReferenceCache, loss: BoundLoss | None, seed: int
     ) -> Measured:
         budget, asked = self._options.budget.micro_batch_tokens, self._options.evaluation
-        prompts = self.prompts("test")[: asked.eval_prompts]
+        prompts = self.prompts(asked.eval_rows)[: asked.eval_prompts]
         samples = sample_and_measure(
             policy, reference, [Example(p.id, p.ids, ()) for p in prompts], {p.id: p.text for p in prompts},
             max_new_tokens=min(asked.eval_tokens, self.max_new_tokens), eos_ids=self.eos_ids, seed=SAMPLING_SEED + seed,
@@ -271,7 +271,8 @@ class SentimentTask:
         )
 
     def _prompt_note(self) -> str:
-        data, asked = self._options.data, min(self._options.evaluation.eval_prompts, len(self.prompts("test")))
+        data, wanted = self._options.data, self._options.evaluation
+        asked = min(wanted.eval_prompts, len(self.prompts(wanted.eval_rows)))
         return (
             f"Prompts are the first words of sentences: {len(self.prompts('policy')):,} to train on, {asked:,} to evaluate "
             f"on. Completions have at most {self.max_new_tokens} tokens. Every seed draws {data.pairs:,} pairs of samples from "
@@ -284,25 +285,27 @@ class SentimentTask:
         return self.tokenize(openings(self.folds["neutral"])[:_NEUTRAL_SENTENCES])
 
     @cached_property
-    def _prompts_by_fold(self) -> dict[Fold, list[Prompt]]:
-        found: dict[Fold, list[Opening]] = {
+    def _prompts_by_role(self) -> dict[str, list[Prompt]]:
+        held_out = openings(self.folds["test"])
+        found = {
             "policy": openings(self.folds["policy"], every_length=True)[:_POLICY_PROMPTS],
-            "test": openings(self.folds["test"]),
+            "test": held_out[: len(held_out) // 2],
+            "tuning": held_out[len(held_out) // 2 :],
         }
         return {
-            fold: [Prompt(o.id, o.prompt, e.prompt_ids) for o, e in zip(members, self.tokenize(members), strict=True)]
-            for fold, members in found.items()
+            role: [Prompt(o.id, o.prompt, e.prompt_ids) for o, e in zip(members, self.tokenize(members), strict=True)]
+            for role, members in found.items()
         }
 
-    def prompts(self, fold: Fold) -> list[Prompt]:
-        """Openings to be continued: "policy" to train on, "test" to evaluate on."""
-        return self._prompts_by_fold[fold]
+    def prompts(self, role: str) -> list[Prompt]:
+        """Openings to be continued: "policy" to train on, "test" to evaluate on, "tuning" while numbers are chosen."""
+        return self._prompts_by_role[role]
 
     def _pairs(
-        self, model: Any, fold: Fold, count: int, labels: LabelModel, seed: int
+        self, model: Any, role: str, count: int, labels: LabelModel, seed: int
     ) -> tuple[list[Example], dict[str, Text]]:
-        """Samples of a model on a fold's prompts, labelled by the gold reward, and the prompts' texts by example id."""
-        prompts = self.prompts(fold)
+        """Samples of a model on a role's prompts, labelled by the gold reward, and the prompts' texts by example id."""
+        prompts = self.prompts(role)
         policy = CausalLMPolicy(copy.deepcopy(model), self._loaded[1])
         policy.train(False)
         # Of each token here: a whole completion's distribution cannot be flattened by sampling.
@@ -313,7 +316,7 @@ class SentimentTask:
         )  # fmt: skip
         asked = [prompts[pair.prompt].text for pair in pairs for _ in pair.texts]
         rewards = self.gold(asked, [text for pair in pairs for text in pair.texts]).view(-1, 2)
-        examples = label_pairs(pairs, prompts, rewards, labels, seed=seed, name=f"sentiment:{fold}:{seed}")
+        examples = label_pairs(pairs, prompts, rewards, labels, seed=seed, name=f"sentiment:{role}:{seed}")
         return examples, {example.id: prompts[pair.prompt].text for example, pair in zip(examples, pairs, strict=True)}
 
     def tokenize(self, found: Sequence[Opening]) -> Sequence[Example]:

@@ -158,13 +158,15 @@ class TextTask:
 
     @cached_property
     def _test(self) -> tuple[Mapping[str, Text], StoredExamples]:
-        """Test rows in an order, pairs and lists: their prompts as text by id, and the rows tokenised."""
-        limit = self._options.evaluation.eval_pairs
-        ordered = (i for i, record in enumerate(self._split.test) if len(set(record.labels.ranks or ())) > 1)
-        records = self._split.test.select(list(islice(ordered, limit or None)))
+        """Test rows (or tuning rows) in an order, pairs and lists: their prompts as text by id, and the rows tokenised."""
+        limit, role = self._options.evaluation.eval_pairs, self._options.evaluation.eval_rows
+        rows: Records = getattr(self._split, role)
+        ordered = (i for i, record in enumerate(rows) if len(set(record.labels.ranks or ())) > 1)
+        records = rows.select(list(islice(ordered, limit or None)))
         if not records:
-            raise DataError("no test pair: the data has no row with the role 'test'. Give more rows, or a file named test*.")
-        return records.prompts, self._tokenize(records, "test").examples
+            hint = "Give more rows, or a file named test*."
+            raise DataError(f"no {role} pair: the data has no row with the role {role!r}. {hint}")
+        return records.prompts, self._tokenize(records, role).examples
 
     @cached_property
     def _test_pairs(self) -> Sequence[Example]:

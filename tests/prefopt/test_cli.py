@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from losses.laws import LAWS
 from prefopt import __version__, algorithms
 from prefopt.cli import INTERRUPTED, main, train
-from prefopt.cli.compare import parse_assignments
 from prefopt.errors import ConfigError
+from prefopt.study import study_of
 
 # Small, and large enough for a last step that is not the first.
 TINY = ("--pairs", 64, "--max-steps", 2, "--checkpoints", 1, "--batch-size", 8)
@@ -187,12 +187,12 @@ def test_compare_ends_with_the_path_of_its_report(cli: Any, tmp_path: Path) -> N
 
 
 def test_a_dry_run_trains_nothing(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefopt import compare
+    from prefopt import jobs
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a dry run trained")
 
-    monkeypatch.setattr(compare, "run_cell", never)
+    monkeypatch.setattr(jobs, "run_cell", never)
     done = cli("compare", "dpo", "cpl", "--seeds", 4, "--dry-run", "--output-dir", tmp_path / "study")
     assert done.code == 0
     assert "8 cells" in done.out
@@ -240,9 +240,15 @@ def test_a_preset_is_a_config_that_comes_with_prefopt(cli: Any, tmp_path: Path) 
     assert "there is none (did you mean 'dpo_vs_ppo'?)" in unknown.err
 
 
+def numbers(names: list[str], assignments: list[str]) -> dict[str, dict[str, Any]]:
+    """What --set makes of algorithms."""
+    study = study_of({"algorithms": names, "set": assignments})
+    return {entry.algorithm: entry.values for entry in study.entries}
+
+
 def test_set_values_have_the_types_of_their_flags() -> None:
     assignments = ["ipo.average-log-prob=false", "ipo.tau=1", "ppo.ppo_epochs=3", "ppo.dual_clip=none"]
-    found = parse_assignments(["ipo", "ppo"], assignments)
+    found = numbers(["ipo", "ppo"], assignments)
     assert found == {"ipo": {"average_log_prob": False, "tau": 1.0}, "ppo": {"ppo_epochs": 3, "dual_clip": None}}
     assert isinstance(found["ipo"]["tau"], float)
 
@@ -250,18 +256,18 @@ def test_set_values_have_the_types_of_their_flags() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dpo", "expected ALGO.FLAG=VALUE"),
-        ("beta=1", "expected ALGO.FLAG=VALUE"),
-        ("dpo:1.0+sft:0.2=1", "expected ALGO.FLAG=VALUE"),
+        ("dpo", "expected ALGO.NAME=VALUE"),
+        ("beta=1", "expected ALGO.NAME=VALUE"),
+        ("dpo:1.0+sft:0.2=1", "expected ALGO.NAME=VALUE"),
         ("dop.beta=1", "'dop' is not compared (did you mean 'dpo'?)"),
         ("dpo.bta=1", "did you mean 'beta'?"),
         ("dpo.epsilon=1", "peers' 'epsilon' is 'label_smoothing' here"),
-        ("dpo.beta=high", 'unable to convert "high" into float'),
+        ("dpo.beta=high", "dpo.beta: expected float, got 'high'"),
     ],
 )
 def test_a_wrong_set_says_what_is_right(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_assignments(["dpo", "ipo"], [text])
+        numbers(["dpo", "ipo"], [text])
     assert message in str(caught.value)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from prefopt.cli.compare import parse_assignments
 from prefopt.cli.score import parse_losses
-from prefopt.compare import Entry, Study, _Job
 from prefopt.errors import ConfigError
+from prefopt.jobs import Job
+from prefopt.study import Entry, Study, study_of
 
 SUM = "dpo:1.0+sft:0.2"
 TINY = ("--pairs", 64, "--max-steps", 2, "--checkpoints", 1, "--batch-size", 8)
@@ -80,7 +80,7 @@ def test_sums_are_compared_beside_others(cli: Any, tmp_path: Path) -> None:
 def test_folders_of_cells_are_safe_and_differ(tmp_path: Path) -> None:
     names = ["dpo", SUM, "dpo:1.0 + sft:0.2", "dpo:1.0:sft:0.2", "dpo_1.0_sft_0.2"]
     study = Study([Entry(name) for name in names], [0])
-    folders = [_Job(study, index, 0, tmp_path, tmp_path, 0, False).folder.name for index in range(len(names))]
+    folders = [Job(study, index, 0, tmp_path, tmp_path).folder.name for index in range(len(names))]
     assert len({*folders}) == len(names)
     assert all(set(folder) <= {*"abcdefghijklmnopqrstuvwxyz0123456789_.-"} for folder in folders)
     assert folders[1].startswith("dpo_1.0_sft_0.2-")
@@ -96,10 +96,10 @@ def test_a_config_file_names_sums(cli: Any, tmp_path: Path) -> None:
 
 
 def test_the_last_dot_before_the_first_equals_sign_parts_a_sum_from_its_flag() -> None:
-    found = parse_assignments([SUM, "dpo:.5"], [f"{SUM}.dpo_beta=0.5", "dpo:.5.dpo_beta=1.5"])
-    assert found == {SUM: {"dpo_beta": 0.5}, "dpo:.5": {"dpo_beta": 1.5}}
+    study = study_of({"algorithms": [SUM, "dpo:.5"], "set": [f"{SUM}.dpo_beta=0.5", "dpo:.5.dpo_beta=1.5"]})
+    assert {entry.algorithm: entry.values for entry in study.entries} == {SUM: {"dpo_beta": 0.5}, "dpo:.5": {"dpo_beta": 1.5}}
     with pytest.raises(ConfigError, match=r"dpo:1\.0\+sft:0\.2 has no option 'beta' \(did you mean 'dpo_beta'\?\)"):
-        parse_assignments([SUM], [f"{SUM}.beta=0.5"])
+        study_of({"algorithms": [SUM], "set": [f"{SUM}.beta=0.5"]})
 
 
 def test_words_of_score_are_sums_with_values() -> None:

@@ -17,8 +17,7 @@ import torch
 
 import losses
 from losses.types import LossOutput
-from prefopt import cell, compare
-from prefopt.compare import Entry, Study
+from prefopt import cell, compare, jobs
 from prefopt.data.exact_world import WorldConfig
 from prefopt.errors import ConfigError, OutputError
 from prefopt.optimization import Logging, Optimization
@@ -28,6 +27,7 @@ from prefopt.report import load_results, write_report
 from prefopt.report.schema import Results
 from prefopt.rollouts import RolloutStream
 from prefopt.streams import Budget, OfflineStream
+from prefopt.study import Entry, Study
 from prefopt.tasks import exact
 
 
@@ -141,13 +141,13 @@ def test_equal_runs_have_equal_results(finished: Path, tiny_world: Path, tmp_pat
 def cells_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Label and seed of every cell that is really trained."""
     ran: list[tuple[str, int]] = []
-    run_cell = compare.run_cell
+    run_cell = jobs.run_cell
 
     def noted(task: Any, setting: Any, options: Any, seed: int, **more: Any) -> Any:
         ran.append((more["label"], seed))
         return run_cell(task, setting, options, seed, **more)
 
-    monkeypatch.setattr(compare, "run_cell", noted)
+    monkeypatch.setattr(jobs, "run_cell", noted)
     return ran
 
 
@@ -272,7 +272,7 @@ ORPHANS = """
     import os, sys, time
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    from prefopt.compare import end_with_parent
+    from prefopt.machine import end_with_parent
     if __name__ == "__main__":
         pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
         print(pool.submit(os.getpid).result(), flush=True)

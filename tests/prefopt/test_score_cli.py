@@ -181,7 +181,7 @@ def test_words_become_losses_with_their_values() -> None:
     [
         (["dpo:0.5"], "expected NAME:FLAG=VALUE"),
         (["dpo:bta=1"], "did you mean 'beta'?"),
-        (["dpo:beta=high"], 'unable to convert "high"'),
+        (["dpo:beta=high"], "dpo.beta: expected float, got 'high'"),
         (["dpo", "dpo"], "'dpo' is named twice"),
         (["dpo:label_smoothing=0.9"], "label_smoothing is 0.9"),
         (["dpoo:beta=1"], "did you mean 'dpo'?"),

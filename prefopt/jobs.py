@@ -1,0 +1,247 @@
+"""Cells as jobs: each in a folder of its own, in a process of its own, under a lock of its own, and done once.
+
+Any number of processes, on one machine or on several that share a folder, may work on one study: a cell belongs to who holds
+its lock, which the system lets go of when the holder ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from prefopt.cell import run_cell
+from prefopt.environment import environment
+from prefopt.errors import PrefoptError
+from prefopt.files import write_json
+from prefopt.machine import end_with_parent, standard_console
+from prefopt.report.schema import PER_PROMPT_FILE, Cell, CellTiming, Ledger
+from prefopt.stages import content_key
+from prefopt.study import Entry, Study
+from prefopt.tasks import build_task, prepare_process
+
+CELLS_FOLDER = "cells"
+CELL_FILE, CONFIG_FILE, ENVIRONMENT_FILE, FAILURE_FILE = "cell.json", "config.json", "environment.json", "failure.txt"
+MANIFEST_FILE, TIMING_FILE = "manifest.json", "timing.json"
+_LOCK = ".lock"
+# Seconds between two looks at cells that other processes hold.
+_LOOK_EVERY = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to run, with everything that a worker process needs."""
+
+    study: Study
+    index: int
+    seed: int
+    output: Path
+    cache: Path
+    workers: int = 0
+    save_policies: bool = False
+
+    @property
+    def entry(self) -> Entry:
+        return self.study.entries[self.index]
+
+    @cached_property
+    def folder(self) -> Path:
+        """Sums of losses hold characters that file systems refuse. The hash keeps settings of one algorithm apart whatever
+        characters their values have, and sums that differ only in what was replaced."""
+        name, replaced = re.sub(r"[^\w.-]", "_", self.entry.algorithm), re.findall(r"[^\w.-]", self.entry.algorithm)
+        key = content_key(self.entry.values, self.entry.name, *replaced)[:6]
+        return self.output / CELLS_FOLDER / f"{name}-{key}-seed{self.seed}"
+
+    @property
+    def done(self) -> bool:
+        """It is finished, and its result is what was written."""
+        try:
+            held = (self.folder / CELL_FILE).read_bytes()
+        except OSError:
+            return False
+        manifest = self.folder / MANIFEST_FILE
+        # Cells of earlier versions have no manifest.
+        return not manifest.exists() or json.loads(manifest.read_text())[CELL_FILE] == _digest(held)
+
+    @property
+    def damaged(self) -> bool:
+        """It was finished once, and its result is no longer what was written."""
+        return (self.folder / CELL_FILE).exists() and not self.done
+
+    @property
+    def failure(self) -> str | None:
+        """What stopped it, where something did."""
+        file = self.folder / FAILURE_FILE
+        return file.read_text() if file.exists() else None
+
+    @property
+    def lock(self) -> FileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / _LOCK, timeout=0)
+
+    def config(self) -> dict[str, Any]:
+        """Everything that the cell follows from besides the code and the machine."""
+        entry, options = self.entry, self.entry.options(self.study.options)
+        return {
+            "label": entry.label, "seed": self.seed, "entry": asdict(entry), "imports": [*map(str, self.study.imports)],
+            "hyper": dict(entry.setting().hyper), **options.as_dict(),
+        }  # fmt: skip
+
+    def result(self) -> Cell:
+        """What the finished cell measured."""
+        stored = json.loads((self.folder / CELL_FILE).read_text())
+        stored["ledger"] = Ledger(**stored["ledger"])
+        return Cell(**{**stored, "path": tuple(stored["path"]), "curve": tuple(stored["curve"])})
+
+    def timing(self) -> CellTiming:
+        """How long it took."""
+        return CellTiming(**json.loads((self.folder / TIMING_FILE).read_text()))
+
+
+def run_all(jobs: Sequence[Job], workers: int, console: Console) -> None:
+    """Runs the jobs that nobody else runs, waits for those that somebody does, and takes over what others leave unfinished.
+
+    Args:
+        jobs: in the order in which they start.
+        workers: processes side by side; 0 runs all in this one.
+        console: for a line a cell.
+    """
+    bar = _Lines(len(jobs), console)
+    waiting = list(jobs)
+    while waiting:
+        elsewhere = _pass(waiting, workers, bar)
+        settled = [job for job in elsewhere if job.done]
+        for job in settled:
+            bar.tell(job, None, "done elsewhere")
+        waiting = [job for job in elsewhere if job not in settled]
+        if len(waiting) == len(elsewhere) and waiting:
+            time.sleep(_LOOK_EVERY)
+
+
+def _pass(jobs: Sequence[Job], workers: int, bar: _Lines) -> list[Job]:
+    """Runs what can be run; the jobs that other processes hold."""
+    elsewhere: list[Job] = []
+
+    def note(job: Job, outcome: str | None) -> None:
+        if outcome == ELSEWHERE:
+            elsewhere.append(job)
+        else:
+            bar.tell(job, outcome)
+
+    if workers == 0:
+        for job in jobs:
+            note(job, run_job(job))
+        return elsewhere
+    # One process a cell: its peak memory is its own, and a crash of one leaves the others alone.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=end_with_parent, max_tasks_per_child=1
+    ) as pool:
+        # A cell that another process holds is no reason to start one here.
+        free = [job for job in jobs if not _held(job)]
+        elsewhere.extend(job for job in jobs if job not in free)
+        futures: dict[Future[str | None], Job] = {pool.submit(run_job, job): job for job in free}
+        for future in as_completed(futures):
+            job, failure = futures[future], future.exception()
+            if failure is not None:
+                _write_failure(job, f"{type(failure).__name__}: {failure}")
+            note(job, str(failure) if failure is not None else future.result())
+    return elsewhere
+
+
+def _held(job: Job) -> bool:
+    try:
+        with job.lock:
+            return False
+    except Timeout:
+        return True
+
+
+ELSEWHERE = "another process runs it"
+
+
+def run_job(job: Job) -> str | None:
+    """Runs a cell in this process and writes its folder; the error's text when it failed, ELSEWHERE when it is taken."""
+    try:
+        with job.lock:
+            return None if job.done else _run(job)
+    except Timeout:
+        return ELSEWHERE
+
+
+def _run(job: Job) -> str | None:
+    prepare_process(job.study.options, job.workers)
+    console = standard_console() if job.workers == 1 else None
+    (job.folder / FAILURE_FILE).unlink(missing_ok=True)
+    options = job.entry.options(job.study.options)
+    try:
+        setting = job.study.settings()[job.index]
+        write_json(job.folder / CONFIG_FILE, job.config())
+        write_json(job.folder / ENVIRONMENT_FILE, environment())
+        task = build_task(options, job.cache, console)
+        result = run_cell(
+            task, setting, options, job.seed, label=job.entry.label, cache=job.cache, folder=job.folder,
+            resume=bool(options.logging.save_every), console=console,
+        )  # fmt: skip
+        if job.save_policies:
+            result.save(job.folder / "policy")
+        write_json(job.folder / TIMING_FILE, asdict(result.timing))
+        (job.folder / PER_PROMPT_FILE).write_text("".join(json.dumps(asdict(row)) + "\n" for row in result.rows))
+        _finish(job, asdict(result.cell))
+    except PrefoptError as error:
+        _write_failure(job, str(error))
+        return str(error)
+    except Exception as error:
+        _write_failure(job, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _finish(job: Job, cell: dict[str, Any]) -> None:
+    """Writes the manifest, and last the cell's result, which says that the cell is finished."""
+    staged = job.folder / f"{CELL_FILE}.new"
+    write_json(staged, cell)
+    listed = (CONFIG_FILE, ENVIRONMENT_FILE, PER_PROMPT_FILE, "metrics.jsonl")
+    files = {name: _digest((job.folder / name).read_bytes()) for name in listed if (job.folder / name).exists()}
+    write_json(job.folder / MANIFEST_FILE, {**files, CELL_FILE: _digest(staged.read_bytes())})
+    os.replace(staged, job.folder / CELL_FILE)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_failure(job: Job, text: str) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / FAILURE_FILE).write_text(text)
+
+
+class _Lines:
+    """A line for every cell that ends."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self._total, self._console = total, console
+        self._done, self._begin = 0, time.perf_counter()
+
+    def tell(self, job: Job, error: str | None, state: str = "done") -> None:
+        self._done += 1
+        state = state if error is None else f"failed: {error.splitlines()[0]}"
+        spent = time.perf_counter() - self._begin
+        left = spent / self._done * (self._total - self._done)
+        rest = f", about {left / 60:.0f} min left" if left >= 60 else ""
+        self._console.print(
+            f"[{self._done}/{self._total}] {job.entry.label} seed {job.seed} {state} ({spent:.0f} s{rest})",
+            highlight=False, markup=False,
+        )  # fmt: skip

@@ -1,0 +1,184 @@
+"""Cells as jobs: shards and processes that share a folder, damaged results, kills; results are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from prefopt.cli import main
+from prefopt.compare import compare, list_jobs
+from prefopt.errors import ConfigError
+from prefopt.jobs import CELL_FILE, MANIFEST_FILE
+from prefopt.study import Study, study_of
+
+OPTIONS: dict[str, Any] = {
+    "data": ["control:gridworld"], "segment_length": 4, "pairs": 60, "batch_size": 20, "epochs": 1, "learning_rate": 0.03,
+    "checkpoints": 1, "eval_pairs": 40,
+}  # fmt: skip
+
+
+def gridworld(*algorithms: Any, **changes: Any) -> Study:
+    return study_of({"algorithms": algorithms or ("cpl", "dpo"), "seeds": 2, **OPTIONS, **changes})
+
+
+def run(study: Study, output: Path, cache: Path, **how: Any) -> None:
+    compare(study, output, cache=cache, workers=0, **how)
+
+
+def text(folder: Path) -> str:
+    return (folder / "results.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def serial(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "serial"
+    run(gridworld(), folder, cache)
+    return folder
+
+
+def test_shards_write_the_results_of_a_serial_run(serial: Path, cache: Path, tmp_path: Path) -> None:
+    """The first shard leaves no results, the last one writes them, and they are those of a run in one piece."""
+    folder = tmp_path / "study"
+    run(gridworld(), folder, cache, shard=(2, 3))
+    assert not (folder / "results.json").exists()
+    assert len(list(folder.glob(f"cells/*/{CELL_FILE}"))) == 1
+    run(gridworld(), folder, cache, shard=(1, 3))
+    assert not (folder / "results.json").exists()
+    run(gridworld(), folder, cache, shard=(3, 3))
+    assert text(folder) == text(serial)
+    for wrong in ((0, 2), (3, 2)):
+        with pytest.raises(ConfigError, match="expected i/n"):
+            run(gridworld(), folder, cache, shard=wrong)
+
+
+def test_a_cell_belongs_to_who_holds_its_lock_and_is_taken_over_when_it_lets_go(
+    serial: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Another process holds one cell: the rest is run, then waited; when the lock is free without a result, it is run too."""
+    folder = tmp_path / "study"
+    held = list_jobs(gridworld(), folder, cache)[1]
+    lock = FileLock(held.folder / ".lock")
+    held.folder.mkdir(parents=True)
+    lock.acquire()
+    # study.json is there, as where two processes started together
+    worker = threading.Thread(target=run, args=(gridworld(), folder, cache), daemon=True)
+    (folder / "study.json").write_text((serial / "study.json").read_text())
+    worker.start()
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(f"cells/*/{CELL_FILE}"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert worker.is_alive()
+    assert not held.done
+    lock.release()
+    worker.join(60)
+    assert held.done
+    assert text(folder) == text(serial)
+
+
+def test_a_damaged_cell_is_run_again(serial: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "study"
+    run(gridworld(), folder, cache)
+    job = list_jobs(gridworld(), folder, cache)[0]
+    file = job.folder / CELL_FILE
+    manifest = json.loads((job.folder / MANIFEST_FILE).read_text())
+    assert {CELL_FILE, "config.json", "environment.json", "metrics.jsonl"} <= manifest.keys()
+    file.write_text(file.read_text().replace("0.", "1.", 1))
+    assert job.damaged
+    assert not job.done
+    run(gridworld(), folder, cache)
+    assert job.done
+    assert text(folder) == text(serial)
+
+
+def test_a_cell_can_be_run_again_alone(serial: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prefopt rerun`: equal in every number from the cell's own config; a changed stored number is found."""
+    monkeypatch.setenv("PREFOPT_CACHE", str(cache))
+    cell = list_jobs(gridworld(), serial, cache)[2].folder
+    assert main(["rerun", str(cell), "--output-dir", str(tmp_path / "again")]) == 0
+    assert main(["rerun", str(cell), "--output-dir", str(tmp_path / "again")]) == 2
+    copy = tmp_path / "copy" / "cells" / cell.name
+    copy.mkdir(parents=True)
+    for name in ("config.json", "environment.json", CELL_FILE):
+        (copy / name).write_text((cell / name).read_text())
+    stored = json.loads((copy / CELL_FILE).read_text())
+    stored["final"]["kl"] += 1e-9
+    (copy / CELL_FILE).write_text(json.dumps(stored))
+    assert main(["rerun", str(copy)]) == 1
+    assert (tmp_path / "copy-rerun" / "cells" / cell.name / CELL_FILE).exists()
+    assert main(["rerun", str(tmp_path)]) == 2
+
+
+def test_a_tuned_study_reports_its_trials(cache: Path, tmp_path: Path) -> None:
+    """Trials are cells elsewhere; their choice is in the results; the same study goes on without training anything again."""
+    study = gridworld({"dpo": {"beta": [0.1, 1.0]}}, "cpl", trials=2, seeds=1)
+    results = compare(study, tmp_path / "study", cache=cache, workers=0)
+    assert [record.group for record in results.tuning] == ["dpo", "cpl"]
+    assert all(len(record.trials) == 2 for record in results.tuning)
+    assert [setting.label for setting in results.settings] == ["dpo beta=0.1", "dpo beta=1.0", "cpl"]
+    assert [setting.family for setting in results.settings] == ["dpo", "dpo", "cpl"]
+    assert all(setting.tuned for setting in results.settings)
+    assert len(list((tmp_path / "study" / "tuning" / "cells").iterdir())) == 4
+    before = text(tmp_path / "study")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob(f"**/{CELL_FILE}")}
+    compare(study, tmp_path / "study", cache=cache, workers=0)
+    assert text(tmp_path / "study") == before
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_one_algorithm_under_two_names_is_equal_bit_for_bit(cache: Path, tmp_path: Path) -> None:
+    results = compare(gridworld("dpo", {"dpo": {"as": "twin"}}), tmp_path / "study", cache=cache, workers=0)
+    for one, other in zip(results.cells_of("dpo"), results.cells_of("twin"), strict=True):
+        assert (one.final, one.path, one.curve) == (other.final, other.path, other.curve)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    """kill -9 at random moments of a study with workers: the folder always goes on, and ends with equal results."""
+    flags = [
+        word
+        for name, value in OPTIONS.items()
+        for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+    def command(folder: Path) -> list[str]:
+        asked = ["compare", "cpl", "dpo", "ipo", "sft", "--seeds", "3", "--workers", "2", "--trials", "2"]
+        return [sys.executable, "-m", "prefopt", *asked, *flags, "--output-dir", str(folder)]
+
+    environment = {"PREFOPT_CACHE": str(tmp_path / "cache"), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    begin = time.monotonic()
+    subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    whole = time.monotonic() - begin
+    draw, killed = random.Random(0), 0
+    for attempt in range(60):
+        folder = tmp_path / f"killed-{attempt // 20}"
+        process = subprocess.Popen(command(folder), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(draw.uniform(0.2, 0.6) * whole)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+        if killed == 20:
+            break
+        time.sleep(1.2)  # its workers end with it
+    assert killed == 20
+    subprocess.run(command(folder), env=environment, check=True, capture_output=True)
+    own = json.loads((folder / "results.json").read_text())
+    expected = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert own.pop("command") != expected.pop("command")  # the folders
+    assert own == expected
