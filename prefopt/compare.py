@@ -225,7 +225,7 @@ def collect(
         preset=study.preset,
         created=datetime.now(UTC).strftime("%Y-%m-%d"),
         environment=environment(),
-        command=_command(),
+        command=command_line(),
         train=study.options.as_dict(),
         data=task.training(study.seeds[0]).report.as_dict(),
         reference=dict(shared.reference),
@@ -246,7 +246,7 @@ def collect(
 _PLACING = ("--shard", "--workers")
 
 
-def _command() -> str:
+def command_line() -> str:
     """The command line without what is of one process alone, so that all who share a study write the same."""
     kept, skip = [], False
     for word in sys.argv[1:]:

@@ -237,6 +237,10 @@ class EvaluationOptions:
         eval_pairs: Test pairs for accuracies and margins; 0 uses all.
         eval_prompts: Test prompts that are sampled from for KL, length and judge scores; episodes in control.
         eval_tokens: Limit of those samples' length.
+        temperatures: Of the samples whose win rates are measured (text); 0 takes the most likely tokens. Scores and KL are
+            always of temperature 1.
+        judge_members: Reward models trained as judges on the judge rows, alike but for their seed (text).
+        judges: More judges of samples (text), as `prefopt judge` names them: llm:MODEL, reward:FOLDER, file.py:function.
         proxy: Score them by the seed's reward model too, which is trained where no algorithm asks for it: over-optimisation is
             the gap between it and the gold reward (sentiment).
     """
@@ -246,7 +250,14 @@ class EvaluationOptions:
     eval_pairs: int = 256
     eval_prompts: int = 64
     eval_tokens: int = 64
+    temperatures: tuple[float, ...] = (1.0,)
+    judge_members: int = 1
+    judges: tuple[str, ...] = ()
     proxy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.judge_members < 1 or not self.temperatures or any(not value >= 0 for value in self.temperatures):
+            raise ConfigError(f"judge_members must be at least 1 and temperatures not negative and not empty; got {self}.")
 
 
 @dataclass(frozen=True)

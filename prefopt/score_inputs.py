@@ -94,7 +94,7 @@ def read_inputs(options: Options, role: Role, folder: Path | None, cache: Path, 
     examples, model, tokenizer = (_exact if options.data.exact else _text)(options, role, cache, console)
     if folder is None:
         return Inputs(examples, CausalLMPolicy(model, tokenizer), None)
-    policy = CausalLMPolicy(_load_policy(folder, model, cache), tokenizer)
+    policy = CausalLMPolicy(load_policy(folder, model, cache)[0], tokenizer)
     weights = fingerprint(model)
     start = CausalLMPolicy(model, tokenizer)
     reference = ReferenceCache(
@@ -151,10 +151,21 @@ def _tokenized(records: Sequence[Record], tokenizer: Any, max_length: int, max_c
     return tokenize(records, tokenizer, max_length=max_length, max_completion_length=max_completion_length).examples
 
 
-def _load_policy(folder: Path, start: Any, cache: Path) -> Any:
-    """A transformers model: the saved weights, or a copy of the start with the saved adapter merged in."""
+def load_policy(source: Path | str, start: Any, cache: Path) -> tuple[Any, Any | None]:
+    """A transformers model and its own tokenizer; of an adapter, a copy of the start with it merged in, and no tokenizer.
+
+    Args:
+        source: a folder, or a hub id.
+        start: what an adapter belongs to; its device and dtype are the policy's.
+        cache: of converted models.
+
+    Raises:
+        ConfigError, HubError: it cannot be loaded, or the adapter does not fit.
+    """
+    folder = Path(source)
     if not (folder / "adapter_config.json").is_file():
-        return load_model(str(folder), cache=cache, device=start.device, dtype=start.dtype).model
+        found = load_model(str(source), cache=cache, device=start.device, dtype=start.dtype)
+        return found.model, found.tokenizer
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -165,4 +176,4 @@ def _load_policy(folder: Path, start: Any, cache: Path) -> Any:
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the adapter in {folder} does not fit the model: {reason}. Name the --model of its run.") from error
-    return adapted.merge_and_unload()
+    return adapted.merge_and_unload(), None

@@ -10,7 +10,7 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -335,6 +335,12 @@ def load_prompt_rows(folder: Path) -> tuple[PromptRow, ...]:
             if line.strip():
                 rows.append(decode(PromptRow, _parse_json(line, f"{file}:{number}"), f"{file}:{number}"))
     return tuple(rows)
+
+
+def save_prompt_rows(rows: Sequence[PromptRow], folder: Path) -> None:
+    """Writes folder/per_prompt.jsonl."""
+    text = "".join(json.dumps(_plain(asdict(row))) + "\n" for row in rows)
+    (folder / PER_PROMPT_FILE).write_text(text, encoding="utf-8")
 
 
 def _check(results: Results, where: str) -> None:

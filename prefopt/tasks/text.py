@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -23,13 +24,16 @@ from prefopt.data.token_store import Stored, StoredExamples, tokenize_stored
 from prefopt.errors import ConfigError, DataError
 from prefopt.evaluate import correlation, measure_pairs, sample_and_measure
 from prefopt.hydra import HYDRA_BASE, HydraBase, hydra_base, hydra_loss
+from prefopt.judges.build import build_judges
+from prefopt.judges.samples import Sample, same_prompt
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
+from prefopt.models.fingerprint import fingerprint
 from prefopt.models.hydra import BASED
 from prefopt.models.lora import LoRA
 from prefopt.optimization import Optimization
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
-from prefopt.report.schema import Judge, Metric
+from prefopt.report.schema import Judge, Metric, PromptRow
 from prefopt.rewards import RewardModelScorer
 from prefopt.rewards.build import REWARD_MODEL, Reward, build_reward, member_seed
 from prefopt.runlog import counter
@@ -45,7 +49,9 @@ from prefopt.tasks.language import (
     reward_model_record,
     shared_start,
 )
+from prefopt.tasks.panel import Panel, build_panel
 from prefopt.tasks.protocol import Measured, Shared, Training
+from prefopt.tasks.winrates import Contest, win_metrics
 from prefopt.tokenize import check_vocabulary
 
 JUDGE = "judge"
@@ -54,18 +60,13 @@ JUDGE = "judge"
 class TextTask:
     """See `Task`. Rows are split by role once; judge and test rows are never trained on."""
 
-    metrics = (
-        Metric(
-            f"score/{JUDGE}",
-            "judge score",
-            "up",
-            "+.3f",
-            primary=True,
-            note="mean score of samples under a reward model on judge rows",
-        ),
-        *SAMPLE_METRICS,
-        *PAIR_METRICS,
-    )
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """One judge's score is the primary one; win rates under every judge stand behind it."""
+        note = "mean score of samples under a reward model on judge rows"
+        score = Metric(f"score/{JUDGE}", "judge score", "up", "+.3f", primary=True, note=note)
+        wins = win_metrics(list(self._panel.judges), self._options.evaluation.temperatures)
+        return (score, *wins, *SAMPLE_METRICS, *PAIR_METRICS)
 
     def __init__(self, options: Options, cache: Path, console: Console | None = None) -> None:
         self._options, self._cache, self._console = options, cache, console
@@ -132,11 +133,36 @@ class TextTask:
         return build_reward(self._options, self._cache, train=train, true=None)
 
     @cached_property
-    def _judge(self) -> tuple[RewardModelScorer, Stage]:
-        rows = self._tokenize(_first(self._split.judge, self._options.data.judge_pairs, "judge"), "judge").examples
-        pairs = any(row.labels.ranks == (0, 1) for row in rows)
+    def _panel(self) -> Panel:
+        """Every judge of samples: reward models on the judge rows, the TF-IDF judge on the same, and those that were named."""
+        options = self._options
+        records = _first(self._split.judge, options.data.judge_pairs, "judge")
+        rows = self._tokenize(records, "judge").examples
         # Not as the options say: a judge stays the same whatever reward is tried.
-        return self._reward_model(rows, "judge", reward_loss("bradley_terry" if pairs else "pairwise_ranking"))
+        loss = reward_loss("bradley_terry" if any(row.labels.ranks == (0, 1) for row in rows) else "pairwise_ranking")
+        members = {
+            JUDGE if not member else f"{JUDGE} {member + 1}": self._reward_model(rows, JUDGE, loss, member)
+            for member in range(options.evaluation.judge_members)
+        }
+        more = build_judges(
+            options.evaluation.judges, cache=self._cache, device=options.model.device,
+            trust_remote_code=options.model.trust_remote_code,
+        ) if options.evaluation.judges else {}  # fmt: skip
+        return build_panel(members, more, records, self._test_records, len(rows))
+
+    @cached_property
+    def _contest(self) -> Contest:
+        """What samples on the test prompts are measured against."""
+        prompts, texts, limit = *self._prompts, self._options.evaluation.eval_tokens
+        chosen = [self._tokenizer.decode(p.completion_ids[0][:limit], skip_special_tokens=True) for p in prompts]
+        return Contest(
+            prompts, [texts[p.id] for p in prompts], chosen, self._panel.judges, limit, self.eos_ids, self._cache,
+            fingerprint(self._start[0]),
+        )  # fmt: skip
+
+    @cached_property
+    def _prompts(self) -> tuple[list[Example], dict[str, Text]]:
+        return _distinct_prompts(self._test[0], self._test_pairs, self._options.evaluation.eval_prompts)
 
     def _reward_model(
         self, train: StoredExamples, title: str, loss: BoundLoss, member: int = 0
@@ -157,8 +183,8 @@ class TextTask:
         return self._test[1]
 
     @cached_property
-    def _test(self) -> tuple[Mapping[str, Text], StoredExamples]:
-        """Test rows (or tuning rows) in an order, pairs and lists: their prompts as text by id, and the rows tokenised."""
+    def _test_records(self) -> Records:
+        """Test rows (or tuning rows) in an order, pairs and lists."""
         limit, role = self._options.evaluation.eval_pairs, self._options.evaluation.eval_rows
         rows: Records = getattr(self._split, role)
         ordered = (i for i, record in enumerate(rows) if len(set(record.labels.ranks or ())) > 1)
@@ -166,7 +192,13 @@ class TextTask:
         if not records:
             hint = "Give more rows, or a file named test*."
             raise DataError(f"no {role} pair: the data has no row with the role {role!r}. {hint}")
-        return records.prompts, self._tokenize(records, role).examples
+        return records
+
+    @cached_property
+    def _test(self) -> tuple[Mapping[str, Text], StoredExamples]:
+        """Their prompts as text by id, and the rows tokenised."""
+        records = self._test_records
+        return records.prompts, self._tokenize(records, self._options.evaluation.eval_rows).examples
 
     @cached_property
     def _test_pairs(self) -> Sequence[Example]:
@@ -176,16 +208,48 @@ class TextTask:
     def evaluate(
         self, policy: CausalLMPolicy, reference: FrozenReference, cache: ReferenceCache, loss: BoundLoss | None, seed: int
     ) -> Measured:
-        texts_by_id, pairs = self._test[0], self._test_pairs
-        budget = self._options.budget.micro_batch_tokens
-        found = measure_pairs(policy, cache, pairs, loss, budget)
-        prompts, texts = _distinct_prompts(texts_by_id, pairs, self._options.evaluation.eval_prompts)
+        budget, (prompts, texts) = self._options.budget.micro_batch_tokens, self._prompts
+        found = measure_pairs(policy, cache, self._test_pairs, loss, budget)
         samples = sample_and_measure(
             policy, reference, prompts, texts, max_new_tokens=self._options.evaluation.eval_tokens, eos_ids=self.eos_ids,
-            seed=SAMPLING_SEED + seed, judges={JUDGE: self._judge[0]}, micro_batch_tokens=budget,
+            seed=SAMPLING_SEED + seed, judges={JUDGE: self._panel.members[JUDGE][0]}, micro_batch_tokens=budget,
             on_progress=counter(self._console, "sampling for evaluation"),
         )  # fmt: skip
-        return Measured({**found, **samples.metrics()}, samples.rows(seed), int(samples.lengths.sum()))
+        wins, rows = self._contest.measure(
+            policy, lambda: CausalLMPolicy(*self.start()), samples.texts, self._options.evaluation.temperatures,
+            SAMPLING_SEED + seed,
+        )  # fmt: skip
+        rows = [replace(row, seed=seed) for row in rows]
+        return Measured({**found, **samples.metrics(), **wins}, [*samples.rows(seed), *rows], int(samples.lengths.sum()))
+
+    def measure_samples(self, samples: Sequence[Sample], seed: int) -> Measured:
+        """Scores, win rates and lengths of completions made elsewhere, on those test prompts that they are of.
+
+        Raises:
+            DataError: they are of no test prompt.
+        """
+        given = {same_prompt(sample.prompt): sample.completion for sample in reversed(samples)}
+        places = [i for i, text in enumerate(self._contest.texts) if same_prompt(text) in given]
+        if not places:
+            raise DataError(
+                f"{samples[0].where}: none of {len(samples)} samples is on one of the {len(self._contest.texts)} test prompts "
+                "of the data; sample on those: `prefopt evaluate --prompts-to FILE` writes them."
+            )
+        contest = self._contest.only(places)
+        ours = [given[same_prompt(text)] for text in contest.texts]
+        wins, rows = contest.compare(
+            ours, lambda: CausalLMPolicy(*self.start()), 1.0, SAMPLING_SEED + seed, self._tokenizer
+        )
+        scores = self._panel.members[JUDGE][0](contest.texts, ours)
+        length = sum(row.length for row in rows[: len(ours)]) / len(ours)
+        found = {f"score/{JUDGE}": float(scores.mean()), "length": length, **wins}
+        own = [PromptRow("", seed, p.id, JUDGE, score) for p, score in zip(contest.prompts, scores.tolist(), strict=True)]
+        return Measured(found, [*own, *(replace(row, seed=seed) for row in rows)])
+
+    def prompt_rows(self) -> list[dict[str, Any]]:
+        """The test prompts that samples are measured on, as rows that other tools can sample for."""
+        prompts, texts = self._prompts
+        return [{"id": prompt.id, "prompt": texts[prompt.id]} for prompt in prompts]
 
     def shared(self, *, on_policy: bool) -> Shared:
         policy, reference = build_policy(*self.start())
@@ -194,7 +258,7 @@ class TextTask:
             on_progress=counter(self._console, "reference log-probs"),
         )  # fmt: skip
         measured = self.evaluate(policy, reference, cache, None, 0)
-        base, stages = self.hydra_base, {"judge": self._judge[1]}
+        base, stages = self.hydra_base, {name: stage for name, (_, stage) in self._panel.members.items()}
         if self._start[1] is not None:
             stages["SFT of the shared start" if base is None else HYDRA_BASE] = self._start[1]
         reward = (self.scorer(0) if base is None else base.reward(policy)) if on_policy else None
@@ -210,23 +274,24 @@ class TextTask:
         return Shared(
             reference={**measured.metrics, "own_accuracy": float("nan")},
             baselines=length_baselines(pairs),
-            judges=self._judge_records(reward),
+            judges=(*self._judge_records(reward), *self._panel.records),
             stages=stages,
-            notes=notes,
+            notes=[*notes, *self._panel.notes],
         )
 
     def _judge_records(self, reward: Reward | None) -> tuple[Judge, ...]:
-        """What the judge is worth on test rows, and whether it errs where PPO's reward model errs; then that model itself."""
-        stages = {JUDGE: self._judge[1], **({} if reward is None else reward.stages)}
+        """What judges are worth on test rows, and whether they err where PPO's reward model errs; then that model itself."""
+        judges = {name: stage for name, (_, stage) in self._panel.members.items()}
+        stages = {**judges, **({} if reward is None else reward.stages)}
         wrong = {
             name: [float(row.id not in right) for row in self._test[1]]
             for name, right in ((name, set(stage.facts["right"])) for name, stage in stages.items())
         }
         records = []
         for name, stage in stages.items():
-            others = [own for other, own in wrong.items() if other != JUDGE]
-            errors = correlation(wrong[JUDGE], others[0]) if name == JUDGE and others else None
-            records.append(reward_model_record(name, stage, "judge rows" if name == JUDGE else "policy rows", errors))
+            others = [own for other, own in wrong.items() if other not in judges]
+            errors = correlation(wrong[name], others[0]) if name in judges and others else None
+            records.append(reward_model_record(name, stage, "judge rows" if name in judges else "policy rows", errors))
         return tuple(records)
 
     def _tokenize(self, records: Records, role: str) -> Stored:
