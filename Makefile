@@ -100,6 +100,10 @@ bench-mdp: $(STAMP) ## CPL against the exact optimum of a gridworld as data grow
 bench-rlhf: $(STAMP) ## on-policy algorithms against the exact optimum, best of n, a learned reward; finished cells are kept
 	$(BIN)/python -m benchmarks.rlhf --json runs/rlhf.json
 
+.PHONY: bench-trust
+bench-trust: $(STAMP) ## a study whose answers are known: twins, one loss written twice, a planted slip; 5 seeds
+	$(BIN)/python -m benchmarks.trust --json runs/trust.json $(if $(QUICK),--quick)
+
 .PHONY: bench-sentiment
 bench-sentiment: $(STAMP) ## reward against KL and over-optimisation under a known reward: make bench-sentiment SENTIMENT=folder SENTIMENT_MODEL=name
 	@test -n "$(SENTIMENT)" || { echo "bench-sentiment needs reviews with text and label: make bench-sentiment SENTIMENT=path/to/reviews"; exit 2; }

@@ -129,9 +129,9 @@ def evaluate_outsiders(
     save_prompt_rows(rows, output)
     save_timings(Timings(), output)
     save_results(results, output)
-    path = write_report(output)
+    report = write_report(output)
     print_summary(results, None, console)
-    console.print(str(path), highlight=False, soft_wrap=True)
+    console.print(str(report), highlight=False, soft_wrap=True)
     return results
 
 

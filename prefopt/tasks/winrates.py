@@ -120,9 +120,12 @@ class Contest:
 
     def only(self, places: Sequence[int]) -> Contest:
         """The contest on some of its prompts."""
-        parts = ([part[i] for i in places] for part in (self.prompts, self.texts, self.chosen))
-        prompts, texts, chosen = parts
-        return replace(self, prompts=prompts, texts=texts, chosen=chosen)
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in places],
+            texts=[self.texts[i] for i in places],
+            chosen=[self.chosen[i] for i in places],
+        )
 
     def sample(self, policy: CausalLMPolicy, temperature: float, seed: int) -> list[str]:
         """N completions."""
