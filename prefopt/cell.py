@@ -21,7 +21,7 @@ from prefopt.models.packed import PackedPolicy, Reference, head_names
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report.health import WATCHED
-from prefopt.report.schema import Cell, CellTiming, Ledger, PromptRow
+from prefopt.report.schema import Cell, CellTiming, Ledger, PairRow, PromptRow
 from prefopt.rewards import RewardModelScorer
 from prefopt.rewards.build import Reward
 from prefopt.rewards.layout import save_reward_model
@@ -43,6 +43,7 @@ class CellResult:
     cell: Cell
     timing: CellTiming
     rows: tuple[PromptRow, ...]
+    pairs: tuple[PairRow, ...]
     policy: PackedPolicy
     reward_model: RewardModelScorer | None = None
 
@@ -110,12 +111,13 @@ def run_cell(
         result.tokens / result.seconds if result.seconds else 0.0,
         peak_memory_mb(),
     )  # fmt: skip
-    rows = tuple(PromptRow(label, seed, r.prompt_id, r.judge, r.score, r.kl, r.log_ratio, r.length) for r in measured.rows)
+    rows = tuple(replace(row, label=label, seed=seed) for row in measured.rows)
+    pairs = tuple(replace(row, label=label, seed=seed) for row in measured.pairs)
     trained = trained_reward_model(
         policy, setting.algorithm.loss, training.examples, max_length=options.data.max_length,
         max_completion_length=task.max_new_tokens, micro_batch_tokens=options.budget.micro_batch_tokens,
     )  # fmt: skip
-    return CellResult(cell, timing, rows, policy, trained)
+    return CellResult(cell, timing, rows, pairs, policy, trained)
 
 
 def build_policies(task: Task, setting: Setting, options: Options, seed: int) -> tuple[PackedPolicy, Reference]:

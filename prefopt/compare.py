@@ -28,7 +28,7 @@ from prefopt.files import differences, write_json
 from prefopt.jobs import CELLS_FOLDER, Job, run_all
 from prefopt.options import default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
-from prefopt.report.schema import PER_PROMPT_FILE, SCHEMA_VERSION, Cell, Results, Setting, Timings, Tuning
+from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, SCHEMA_VERSION, Cell, Results, Setting, Timings, Tuning
 from prefopt.study import Study
 from prefopt.tasks import Shared, Task, build_task, prepare_process
 from prefopt.tuning import chosen, tuned, tuning_study
@@ -257,6 +257,9 @@ def command_line() -> str:
 
 
 def _write_rows(jobs: Sequence[Job], output: Path) -> None:
-    text = "".join((job.folder / PER_PROMPT_FILE).read_text() for job in jobs if job.done)
-    if text:
-        (output / PER_PROMPT_FILE).write_text(text)
+    """The cells' rows one after the other; cells of earlier versions have none of pairs."""
+    for name in (PER_PROMPT_FILE, PER_PAIR_FILE):
+        files = [job.folder / name for job in jobs if job.done]
+        text = "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
+        if text:
+            (output / name).write_text(text, encoding="utf-8")

@@ -19,15 +19,23 @@ from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.packed import PackedPolicy
 from prefopt.packing import flat_roles, pack, split_by_tokens
 from prefopt.reference import ReferenceCache
-from prefopt.report.schema import PromptRow
+from prefopt.report.schema import PairRow, PromptRow
 from prefopt.rewards import Scorer
 from prefopt.streams import Budget, OfflineStream
+
+
+@dataclass(frozen=True)
+class PairMeasures:
+    """Means by metric key, and a row for every pair in its order; the caller labels the rows."""
+
+    metrics: Mapping[str, float]
+    rows: tuple[PairRow, ...]
 
 
 @torch.no_grad()
 def measure_pairs(
     policy: PackedPolicy, reference: ReferenceCache, pairs: Sequence[Example], loss: BoundLoss | None, micro_batch_tokens: int
-) -> dict[str, float]:
+) -> PairMeasures:
     """Accuracy and margins of implicit rewards on held-out pairs: diagnostics, not results.
 
     Args:
@@ -36,14 +44,14 @@ def measure_pairs(
 
     Returns:
         `accuracy` and `margin` by the common log-ratio sum, `own_accuracy` by the algorithm's score, and the mean log-ratio
-        of chosen and rejected.
+        of chosen and rejected; and the log-ratios of every pair.
     """
     budget = Budget(batch_size=len(pairs), micro_batch_tokens=micro_batch_tokens, epochs=1.0)
     (micro_batches,) = OfflineStream(pairs, kind="pairs", budget=budget, reference=reference, dtype=policy.dtype)
     names = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
     own = loss if loss is not None and _follows_from_pairs(loss) else None
     needs = {*names, *(own.needs | own.optional if own is not None else ())}
-    meter = Meter()
+    meter, ratios = Meter(), dict[str, tuple[float, float]]()
     for batch in micro_batches:
         from_policy = {name for name in needs if VOCABULARY[name].source == "policy"}
         given = {name: value.to(policy.device) for name, value in batch.tensors(needs - from_policy).items()}
@@ -51,6 +59,7 @@ def measure_pairs(
         chosen, rejected = (
             tensors[f"policy_{side}_logps"] - tensors[f"reference_{side}_logps"] for side in ("chosen", "rejected")
         )
+        ratios |= dict(zip(batch.ids, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
         ones = torch.ones_like(chosen)
         # Half a point for a tie, up to the rounding of float32 sums: at the start every margin is zero.
         right = torch.where((chosen - rejected).abs() < 1e-3, 0.5, (chosen > rejected).to(chosen))
@@ -62,7 +71,8 @@ def measure_pairs(
             for output in own(tensors).values():
                 if "rewards/accuracies" in output.metrics:
                     meter.add("own_accuracy", output.metrics["rewards/accuracies"])
-    return meter.read(SingleProcess())
+    rows = tuple(PairRow("", 0, pair.id, *ratios[pair.id], *map(len, pair.completion_ids)) for pair in pairs)
+    return PairMeasures(meter.read(SingleProcess()), rows)
 
 
 def _follows_from_pairs(loss: BoundLoss) -> bool:

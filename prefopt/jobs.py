@@ -28,7 +28,7 @@ from prefopt.environment import environment
 from prefopt.errors import PrefoptError
 from prefopt.files import write_json
 from prefopt.machine import end_with_parent, standard_console
-from prefopt.report.schema import PER_PROMPT_FILE, Cell, CellTiming, Ledger
+from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, Cell, CellTiming, Ledger, save_rows
 from prefopt.stages import content_key
 from prefopt.study import Entry, Study
 from prefopt.tasks import build_task, prepare_process
@@ -198,7 +198,8 @@ def _run(job: Job) -> str | None:
         if job.save_policies:
             result.save(job.folder / "policy")
         write_json(job.folder / TIMING_FILE, asdict(result.timing))
-        (job.folder / PER_PROMPT_FILE).write_text("".join(json.dumps(asdict(row)) + "\n" for row in result.rows))
+        save_rows(result.rows, job.folder / PER_PROMPT_FILE)
+        save_rows(result.pairs, job.folder / PER_PAIR_FILE)
         _finish(job, asdict(result.cell))
     except PrefoptError as error:
         _write_failure(job, str(error))
@@ -213,7 +214,7 @@ def _finish(job: Job, cell: dict[str, Any]) -> None:
     """Writes the manifest, and last the cell's result, which says that the cell is finished."""
     staged = job.folder / f"{CELL_FILE}.new"
     write_json(staged, cell)
-    listed = (CONFIG_FILE, ENVIRONMENT_FILE, PER_PROMPT_FILE, "metrics.jsonl")
+    listed = (CONFIG_FILE, ENVIRONMENT_FILE, PER_PROMPT_FILE, PER_PAIR_FILE, "metrics.jsonl")
     files = {name: _digest((job.folder / name).read_bytes()) for name in listed if (job.folder / name).exists()}
     write_json(job.folder / MANIFEST_FILE, {**files, CELL_FILE: _digest(staged.read_bytes())})
     os.replace(staged, job.folder / CELL_FILE)

@@ -7,7 +7,7 @@ report says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,18 @@ from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_poli
 from prefopt.options import Options
 from prefopt.reference import ReferenceCache
 from prefopt.report import print_summary, save_results, save_timings, write_report
-from prefopt.report.schema import SCHEMA_VERSION, Cell, PromptRow, Results, Setting, Timings, save_prompt_rows
+from prefopt.report.schema import (
+    PER_PAIR_FILE,
+    PER_PROMPT_FILE,
+    SCHEMA_VERSION,
+    Cell,
+    PairRow,
+    PromptRow,
+    Results,
+    Setting,
+    Timings,
+    save_rows,
+)
 from prefopt.score_inputs import load_policy, policy_folder
 from prefopt.tasks import Measured, Task, build_task, prepare_process
 from prefopt.tasks.text import TextTask
@@ -96,15 +107,16 @@ def evaluate_outsiders(
     task = build_task(options, cache, console)
     console.print(render(task.training(0).report))
     shared = task.shared(on_policy=False)
-    cells, rows = [], []
+    cells: list[Cell] = []
+    rows: list[PromptRow] = []
+    pairs: list[PairRow] = []
     for number, one in enumerate(outsiders, start=1):
         measured = _measure(one, task, options, cache)
         console.print(f"[{number}/{len(outsiders)}] {one.name} seed {one.seed}: {one.source}", highlight=False, markup=False)
         path = ({"step": 0.0, **measured.metrics},)
         cells.append(Cell(ELSEWHERE, one.name, one.seed, "ok", None, measured.metrics, path))
-        rows += [
-            PromptRow(one.name, one.seed, r.prompt_id, r.judge, r.score, r.kl, r.log_ratio, r.length) for r in measured.rows
-        ]
+        rows += [replace(row, label=one.name, seed=one.seed) for row in measured.rows]
+        pairs += [replace(row, label=one.name, seed=one.seed) for row in measured.pairs]
     names = list(dict.fromkeys(one.name for one in outsiders))
     results = Results(
         schema_version=SCHEMA_VERSION,
@@ -126,7 +138,8 @@ def evaluate_outsiders(
         notes=(UNCONTROLLED, *shared.notes),
     )
     output.mkdir(parents=True, exist_ok=True)
-    save_prompt_rows(rows, output)
+    save_rows(rows, output / PER_PROMPT_FILE)
+    save_rows(pairs, output / PER_PAIR_FILE)
     save_timings(Timings(), output)
     save_results(results, output)
     report = write_report(output)

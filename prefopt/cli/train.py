@@ -38,7 +38,7 @@ from prefopt.errors import ConfigError, OutputError
 from prefopt.files import differences, write_json
 from prefopt.machine import standard_console
 from prefopt.options import Options, build_options, default_cache
-from prefopt.report.schema import PER_PROMPT_FILE, Metric
+from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, Metric, save_rows
 from prefopt.rewards.quality import Quality, measure_quality, quality_table
 from prefopt.runlog import FILE as METRICS_FILE
 from prefopt.tasks import build_task, prepare_process
@@ -255,8 +255,9 @@ def _write_quality(quality: Quality, name: str, output: Path) -> None:
 
 def _write_result(result: CellResult, output: Path) -> None:
     if result.rows:
-        text = "".join(json.dumps(asdict(row)) + "\n" for row in result.rows)
-        (output / PER_PROMPT_FILE).write_text(text, encoding="utf-8")
+        save_rows(result.rows, output / PER_PROMPT_FILE)
+    if result.pairs:
+        save_rows(result.pairs, output / PER_PAIR_FILE)
     # Last: it says that the run is finished.
     timing, cell = asdict(result.timing), asdict(result.cell)
     write_json(output / RESULT_FILE, {"cell": cell, "timing": timing, "environment": environment()})

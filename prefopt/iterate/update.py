@@ -101,7 +101,7 @@ class Learner:
             return float("nan")
         if not self._setting.algorithm.on_policy:
             budget = self._options.budget.micro_batch_tokens
-            return measure_pairs(self.policy, self._known, pairs, None, budget)["accuracy"]
+            return measure_pairs(self.policy, self._known, pairs, None, budget).metrics["accuracy"]
         if self._reward is None and history:
             self.learn_reward(history)
         if self._reward is None:

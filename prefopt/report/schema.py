@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from prefopt.report.statistics import Comparison
 
 SCHEMA_VERSION = 1
-RESULTS_FILE, TIMINGS_FILE, PER_PROMPT_FILE = "results.json", "timings.json", "per_prompt.jsonl"
+RESULTS_FILE, TIMINGS_FILE = "results.json", "timings.json"
+PER_PROMPT_FILE, PER_PAIR_FILE = "per_prompt.jsonl", "per_pair.jsonl"
 MINIMUM_SEEDS = 3
 """Under this many seeds there are no intervals over seeds, no tests and no ranking words (protocol, rule 6)."""
 
-Record = TypeVar("Record")
+Row = TypeVar("Row")
 _FORMAT = re.compile(r"\+?,?(\.\d+)?[efg%]")
 
 
@@ -277,6 +278,24 @@ class PromptRow:
     length: float = math.nan
 
 
+@dataclass(frozen=True)
+class PairRow:
+    """One line of per_pair.jsonl: a held-out pair under one policy. Log-ratios are log(policy/reference) of completions."""
+
+    label: str
+    seed: int
+    pair_id: str
+    chosen_log_ratio: float
+    rejected_log_ratio: float
+    chosen_length: int
+    rejected_length: int
+
+    @property
+    def margin(self) -> float:
+        """Log-ratio of chosen minus that of rejected, nats."""
+        return self.chosen_log_ratio - self.rejected_log_ratio
+
+
 def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:
     """A decoded results.json as `Results`.
 
@@ -326,21 +345,28 @@ def save_timings(timings: Timings, folder: Path) -> Path:
 
 def load_prompt_rows(folder: Path) -> tuple[PromptRow, ...]:
     """Reads folder/per_prompt.jsonl; empty when the comparison has none."""
-    file = folder / PER_PROMPT_FILE
+    return _load_rows(PromptRow, folder / PER_PROMPT_FILE)
+
+
+def load_pair_rows(folder: Path) -> tuple[PairRow, ...]:
+    """Reads folder/per_pair.jsonl; empty when the comparison has none."""
+    return _load_rows(PairRow, folder / PER_PAIR_FILE)
+
+
+def _load_rows(kind: type[Row], file: Path) -> tuple[Row, ...]:
     if not file.is_file():
         return ()
-    rows = []
     with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(decode(PromptRow, _parse_json(line, f"{file}:{number}"), f"{file}:{number}"))
-    return tuple(rows)
+        return tuple(
+            decode(kind, _parse_json(line, f"{file}:{number}"), f"{file}:{number}")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        )
 
 
-def save_prompt_rows(rows: Sequence[PromptRow], folder: Path) -> None:
-    """Writes folder/per_prompt.jsonl."""
-    text = "".join(json.dumps(_plain(asdict(row))) + "\n" for row in rows)
-    (folder / PER_PROMPT_FILE).write_text(text, encoding="utf-8")
+def save_rows(rows: Sequence[PromptRow | PairRow], file: Path) -> None:
+    """Writes JSON lines that `load_prompt_rows` and `load_pair_rows` read."""
+    file.write_text("".join(json.dumps(_plain(asdict(row))) + "\n" for row in rows), encoding="utf-8")
 
 
 def _check(results: Results, where: str) -> None:

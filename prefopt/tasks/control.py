@@ -151,7 +151,7 @@ class ControlTask(ABC):
     ) -> Measured:
         found = measure_pairs(policy, cache, self.test_pairs(seed), loss, self._options.budget.micro_batch_tokens)
         own = self.measure(policy, reference, seed)
-        return Measured({**own.metrics, **found}, own.rows, own.generated_tokens)
+        return Measured({**own.metrics, **found.metrics}, own.rows, found.rows, own.generated_tokens)
 
     def shared(self, *, on_policy: bool) -> Shared:
         policy, reference = self.own_policies((), 0)

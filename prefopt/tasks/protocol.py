@@ -12,7 +12,7 @@ from prefopt.data.report import DataReport
 from prefopt.hydra import HydraBase
 from prefopt.models.packed import PackedPolicy, Reference
 from prefopt.reference import ReferenceCache
-from prefopt.report.schema import Baseline, FrontierPoint, Judge, Metric, PromptRow
+from prefopt.report.schema import Baseline, FrontierPoint, Judge, Metric, PairRow, PromptRow
 from prefopt.rewards.build import Reward
 from prefopt.stages import Stage
 
@@ -34,10 +34,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Measured:
-    """One evaluation: numbers by metric key, and one row per prompt where the task samples prompts."""
+    """One evaluation: numbers by metric key, and a row for each sampled prompt and each held-out pair, where there are any."""
 
     metrics: Mapping[str, float]
     rows: Sequence[PromptRow] = ()
+    pairs: Sequence[PairRow] = ()
     generated_tokens: int = 0
 
 

@@ -199,12 +199,13 @@ class SentimentTask:
             judges=self._judges(policy, seed), micro_batch_tokens=budget,
             on_progress=counter(self._console, "sampling for evaluation"),
         )  # fmt: skip
+        pairs = measure_pairs(policy, cache, self.held_out(), loss, budget)
         found = {
-            **measure_pairs(policy, cache, self.held_out(), loss, budget),
+            **pairs.metrics,
             **samples.metrics(),
             "perplexity": perplexity(policy, self._neutral, budget),
         }
-        return Measured(found, samples.rows(seed), int(samples.lengths.sum()))
+        return Measured(found, samples.rows(seed), pairs.rows, int(samples.lengths.sum()))
 
     def _judges(self, policy: CausalLMPolicy, seed: int) -> dict[str, Scorer]:
         """The learned reward is among them where this process has it, or where it is asked for."""

@@ -220,7 +220,8 @@ class TextTask:
             SAMPLING_SEED + seed,
         )  # fmt: skip
         rows = [replace(row, seed=seed) for row in rows]
-        return Measured({**found, **samples.metrics(), **wins}, [*samples.rows(seed), *rows], int(samples.lengths.sum()))
+        rows = [*samples.rows(seed), *rows]
+        return Measured({**found.metrics, **samples.metrics(), **wins}, rows, found.rows, int(samples.lengths.sum()))
 
     def measure_samples(self, samples: Sequence[Sample], seed: int) -> Measured:
         """Scores, win rates and lengths of completions made elsewhere, on those test prompts that they are of.

@@ -207,7 +207,7 @@ def test_pairs_are_measured_as_by_hand(tokens: int) -> None:
         torch.stack([log_ratio[i % 4, WORLD.layout.index(pair.completion_ids[k])] for i, pair in enumerate(pairs())])
         for k in (0, 1)
     )
-    found = measure_pairs(policy, ReferenceCache(reference), pairs(), algorithms.get("dpo").setting().loss, tokens)
+    found = measure_pairs(policy, ReferenceCache(reference), pairs(), algorithms.get("dpo").setting().loss, tokens).metrics
     accuracy = float((chosen > rejected).double().mean())
     assert 0 < accuracy < 1
     assert found == pytest.approx(
@@ -227,7 +227,8 @@ def test_an_algorithms_own_score_may_disagree() -> None:
     policy, reference = build_pair()
     logps = exact_logps(0)
     scores = [[float(logps[i % 4, WORLD.layout.index(ids)]) for ids in pair.completion_ids] for i, pair in enumerate(pairs())]
-    found = measure_pairs(policy, ReferenceCache(reference), pairs(), algorithms.get("cpl").setting(bias=1.0).loss, 1000)
+    loss = algorithms.get("cpl").setting(bias=1.0).loss
+    found = measure_pairs(policy, ReferenceCache(reference), pairs(), loss, 1000).metrics
     assert found["own_accuracy"] == pytest.approx(sum(c > r for c, r in scores) / 12)
     assert found["own_accuracy"] != found["accuracy"]
 
@@ -235,10 +236,10 @@ def test_an_algorithms_own_score_may_disagree() -> None:
 def test_losses_that_score_no_pairs_have_no_score_of_their_own() -> None:
     policy, reference = build_pair()
     cache = ReferenceCache(reference)
-    common = measure_pairs(policy, cache, pairs(), None, 1000)
+    common = measure_pairs(policy, cache, pairs(), None, 1000).metrics
     assert "own_accuracy" not in common
     for name in ("ppo", "sft"):
-        assert measure_pairs(policy, cache, pairs(), algorithms.get(name).setting().loss, 1000) == common
+        assert measure_pairs(policy, cache, pairs(), algorithms.get(name).setting().loss, 1000).metrics == common
 
 
 # Of every stream one loss or more; True where the loss gives each pair a score.
@@ -257,9 +258,9 @@ def test_a_loss_of_any_stream_lets_pairs_be_measured(name: str) -> None:
         for parameter in policy.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double())
     cache = ReferenceCache(reference)
-    found = measure_pairs(policy, cache, pairs(), loss, 100_000)
+    found = measure_pairs(policy, cache, pairs(), loss, 100_000).metrics
     own = found.pop("own_accuracy", None)
-    assert found == measure_pairs(policy, cache, pairs(), None, 100_000)
+    assert found == measure_pairs(policy, cache, pairs(), None, 100_000).metrics
     assert (own is not None) == OWN_SCORE[name]
     if own is not None:
         assert 0 < own < 1
@@ -270,7 +271,7 @@ def test_the_own_score_of_a_reward_model_is_that_of_its_head() -> None:
     policy, reference = build_policy(build_model(0), WORLD.tokenizer, heads=("reward",))
     head: Any = policy.heads["reward"]
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
-    found = measure_pairs(policy, ReferenceCache(reference), pairs(), losses.get("bradley_terry").bind(), 1000)
+    found = measure_pairs(policy, ReferenceCache(reference), pairs(), losses.get("bradley_terry").bind(), 1000).metrics
     alone = [Example(pair.id, pair.prompt_ids, (ids,)) for pair in pairs() for ids in pair.completion_ids]
     rewards = policy.rows(pack(alone, roles=flat_roles), ["rewards"])["rewards"].view(-1, 2)
     assert found["own_accuracy"] == pytest.approx(float((rewards[:, 0] > rewards[:, 1]).double().mean()))
@@ -281,12 +282,12 @@ def test_the_own_score_of_a_reward_model_is_that_of_its_head() -> None:
 def test_ties_count_half() -> None:
     """At the reference every margin is zero up to rounding: accuracy one half, not what the rounding says."""
     policy, reference = build_pair(1, 1)
-    found = measure_pairs(policy, ReferenceCache(reference), pairs(), None, 1000)
+    found = measure_pairs(policy, ReferenceCache(reference), pairs(), None, 1000).metrics
     assert found["accuracy"] == 0.5
     assert found["margin"] == pytest.approx(0, abs=1e-9)
     same = [Example("same", WORLD.prompt_ids[0], ((0, 1), (0, 1)))]
     policy, reference = build_pair()
-    assert measure_pairs(policy, ReferenceCache(reference), same, None, 1000)["accuracy"] == 0.5
+    assert measure_pairs(policy, ReferenceCache(reference), same, None, 1000).metrics["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (1, 2), (166, 332), (331, 332)])
