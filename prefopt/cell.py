@@ -81,14 +81,18 @@ def run_cell(
         console: for progress.
     """
     begin = time.perf_counter()
-    torch.manual_seed(seed)
-    training = task.training(seed)
+    seeds = options.seeding
+    torch.manual_seed(seeds.of("adapter", seed))
+    training = task.training(seeds.of("data", seed))
     policy, reference = build_policies(task, setting, options, seed)
     known = ReferenceCache(
         reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens,
         on_progress=counter(console, "reference log-probs"),
     )  # fmt: skip
-    stream, reward = build_stream(task, setting, training, policy, reference, known, options.budget, seed)
+    stream, reward = build_stream(
+        task, setting, training, policy, reference, known, options.budget, seeds.of("order", seed),
+        reward_seed=seeds.of("reward", seed),
+    )  # fmt: skip
     evaluate = partial(task.evaluate, policy, reference, known, setting.loss, seed)
     total = stream.total_steps
     checkpoints = sorted(
@@ -144,6 +148,8 @@ def build_stream(
     budget: Budget,
     seed: int,
     reward: Reward | None = None,
+    *,
+    reward_seed: int | None = None,
 ) -> tuple[OfflineStream | RolloutStream | OnlineStream, Reward | None]:
     """The stream that the algorithm derives, and the reward that on-policy algorithms maximise: the task's if none is given."""
     budget = replace(budget, seed=seed)
@@ -156,7 +162,7 @@ def build_stream(
     speaker, frozen = language_models(policy, reference, f"{setting.algorithm.name} trains on")
     if reward is None:
         base = task.hydra_base
-        reward = task.scorer(seed) if base is None else base.reward(speaker)
+        reward = task.scorer(seed if reward_seed is None else reward_seed) if base is None else base.reward(speaker)
     advantage = setting.algorithm.loss.advantage
     workshop = Workshop(
         speaker, frozen, reward.scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens,

@@ -26,6 +26,7 @@ from prefopt.environment import environment
 from prefopt.errors import ConfigError, OutputError
 from prefopt.files import differences, write_json
 from prefopt.jobs import CELLS_FOLDER, Job, run_all
+from prefopt.matching import matched
 from prefopt.options import default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
 from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, SCHEMA_VERSION, Cell, Results, Setting, Timings, Tuning
@@ -73,6 +74,7 @@ def compare(
     prepare_process(study.options, 1)
     study, records = tune(study, output, cache=cache, workers=workers, console=console)
     task, shared = _prepare(study, cache, console)
+    study = matched(study, task, output, cache, console)
     prepared = time.perf_counter() - begin
     workers = default_workers(study) if workers is None else workers
     jobs = list_jobs(study, output, cache, workers, save_policies)
@@ -197,6 +199,8 @@ def identity(study: Study) -> dict[str, Any]:
         found["kl_targets"] = [*study.kl_targets]
     if study.tuning.trials:
         found["tuning"] = asdict(study.tuning)
+    if study.match != "labels":
+        found["match"] = study.match
     return found
 
 
@@ -216,7 +220,7 @@ def collect(
         title=study.title,
         task=study.options.data.task,
         settings=tuple(
-            Setting(e.algorithm, e.label, {**e.setting().hyper, **e.reward, **e.optimization}, e.tuned, e.group)
+            Setting(e.algorithm, e.label, {**e.setting().hyper, **e.reward, **e.optimization, **e.budget}, e.tuned, e.group)
             for e in study.entries
         ),
         seeds=tuple(study.seeds),
@@ -233,13 +237,21 @@ def collect(
         judges=tuple(shared.judges),
         frontier=tuple(shared.frontier) if shared.frontier is not None else None,
         shared_ledger={f"{name}: trained tokens": float(stage.tokens) for name, stage in shared.stages.items()},
-        notes=(*shared.notes, *study.notes),
+        notes=(*shared.notes, *_matching_note(study), *study.notes),
         question=study.question,
         kl_targets=tuple(study.kl_targets),
         tuning=tuple(records),
     )
     seconds = {name: stage.seconds for name, stage in shared.stages.items() if not stage.cached}
     return results, Timings(tuple(job.timing() for job in finished), {"preparation": prepared, **seconds})
+
+
+def _matching_note(study: Study) -> list[str]:
+    """What settings spend alike, where it is not rows and passes."""
+    if study.match == "labels":
+        return []
+    updates = ", ".join(f"{entry.label} {entry.budget['max_steps']}" for entry in study.entries)
+    return [f"Matched: {study.match}, to those of {study.entries[0].label}'s run. Updates: {updates}."]
 
 
 # Flags that change who computes what and not what comes out.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from prefopt.decode import decode, decode_value, unquoted
 from prefopt.errors import ConfigError, DataError
@@ -204,6 +204,31 @@ class ControlOptions:
             raise ConfigError(f"keep_best must be in (0, 1], got {self.keep_best}.")
 
 
+Varied = Literal["data", "order", "adapter", "reward"]
+
+
+@dataclass(frozen=True)
+class SeedOptions:
+    """What the seeds of a study stand for.
+
+    Args:
+        vary: What differs between seeds: data (the pairs of tasks that draw their own), order (of rows, and the draws of
+            rollouts), adapter (initial weights that are drawn, dropout), reward (reward models trained for on-policy
+            algorithms). What is not named is that of seed 0 for all, so that an interval speaks of the rest alone.
+    """
+
+    vary: tuple[Varied, ...] = get_args(Varied)
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.vary if part not in get_args(Varied)]
+        if unknown or not self.vary:
+            raise ConfigError(f"vary is {' '.join(self.vary) or 'nothing'}; expected some of {', '.join(get_args(Varied))}.")
+
+    def of(self, part: Varied, seed: int) -> int:
+        """The seed of one part of a cell."""
+        return seed if part in self.vary else 0
+
+
 @dataclass(frozen=True)
 class TuningOptions:
     """How the algorithms of a study are tuned, each by as many trials (not a part of `Options`: a trial has none).
@@ -273,6 +298,7 @@ class Options:
     logging: Logging = field(default_factory=Logging)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     control: ControlOptions = field(default_factory=ControlOptions)
+    seeding: SeedOptions = field(default_factory=SeedOptions)
 
     def __post_init__(self) -> None:
         idle = [f.name for f in fields(self.control) if getattr(self.control, f.name) != f.default]

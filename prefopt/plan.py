@@ -70,7 +70,7 @@ def describe(
         table.add_column(column)
     for entry, setting in zip(study.entries, settings, strict=True):
         options = ", ".join(
-            f"{name} {value}" for name, value in {**setting.hyper, **entry.reward, **entry.optimization}.items()
+            f"{name} {value}" for name, value in {**setting.hyper, **entry.reward, **entry.optimization, **entry.budget}.items()
         )
         table.add_row(entry.label, setting.algorithm.data, ", ".join(map(str, study.seeds)), options)
     console.print(table)
@@ -125,22 +125,56 @@ def cost(study: Study, entry: Entry, task: Task | None, cache: Path, *, probe: b
     return None if task is None else _computed(options, task, study.seeds[0])
 
 
-def _probed(study: Study, entry: Entry, options: Options, cache: Path) -> Cost:
-    """A few updates and one evaluation, extrapolated."""
+@dataclass(frozen=True)
+class Probe:
+    """What an update costs, measured over a few of them.
+
+    Args:
+        tokens: encoded with gradient and sampled.
+        seconds: batches made and trained on.
+        measuring: seconds of one evaluation, with all that a cell does once.
+        bytes: of the policy.
+    """
+
+    tokens: float
+    seconds: float
+    measuring: float
+    bytes: float
+
+
+def probe(study: Study, entry: Entry, cache: Path) -> Probe:
+    """Makes a few updates of a setting, and one evaluation, and throws them away.
+
+    Raises:
+        PrefoptError: as the cell would.
+    """
+    options = entry.options(study.options)
     short = replace(
         options, budget=replace(options.budget, max_steps=_PROBE_UPDATES), evaluation=replace(options.evaluation, checkpoints=1)
     )
-    task = build_task(short, cache)
     with TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        result = run_cell(task, entry.setting(), short, study.seeds[0], label=entry.label, cache=cache, folder=Path(folder))
+        result = run_cell(
+            build_task(short, cache),
+            entry.setting(),
+            short,
+            study.seeds[0],
+            label=entry.label,
+            cache=cache,
+            folder=Path(folder),
+        )
         spent = time.perf_counter() - begin
-    updates = options.budget.max_steps or _updates(options, len(task.training(study.seeds[0]).examples))
-    measuring = max(0.0, spent - _PROBE_UPDATES * result.timing.seconds_per_step)
-    return Cost(
-        updates * result.timing.seconds_per_step + measuring * options.evaluation.checkpoints, _size(result.policy),
-        f"{_PROBE_UPDATES} updates of each setting were made",
-    )  # fmt: skip
+    ledger, seconds = result.cell.ledger, result.timing.seconds_per_step
+    tokens = (ledger.trained_tokens + ledger.generated_tokens) / _PROBE_UPDATES
+    return Probe(tokens, seconds, max(0.0, spent - _PROBE_UPDATES * seconds), _size(result.policy))
+
+
+def _probed(study: Study, entry: Entry, options: Options, cache: Path) -> Cost:
+    """A few updates and one evaluation, extrapolated."""
+    found = probe(study, entry, cache)
+    rows = len(build_task(options, cache).training(study.seeds[0]).examples)
+    seconds = updates_of(options, rows) * found.seconds + found.measuring * options.evaluation.checkpoints
+    return Cost(seconds, found.bytes, f"{_PROBE_UPDATES} updates of each setting were made")
 
 
 def _computed(options: Options, task: Task, seed: int) -> Cost:
@@ -150,7 +184,7 @@ def _computed(options: Options, task: Task, seed: int) -> Cost:
     examples = task.training(seed).examples
     sample = [examples[i] for i in range(0, len(examples), max(1, len(examples) // 256))]
     tokens = sum(len(row.prompt_ids) + sum(map(len, row.completion_ids)) for row in sample) / len(sample)
-    updates = options.budget.max_steps or _updates(options, len(examples))
+    updates = updates_of(options, len(examples))
     seen = min(options.evaluation.eval_pairs or len(examples), len(examples)) * tokens
     measured = seen + 3 * options.evaluation.eval_prompts * (tokens / 2 + options.evaluation.eval_tokens)
     operations = parameters * (
@@ -164,8 +198,10 @@ def _computed(options: Options, task: Task, seed: int) -> Cost:
     )  # fmt: skip
 
 
-def _updates(options: Options, rows: int) -> int:
-    return math.ceil(rows * options.budget.epochs / options.budget.batch_size)
+def updates_of(options: Options, rows: int) -> int:
+    """How many updates a run on so many rows makes."""
+    full = math.ceil(rows * options.budget.epochs / options.budget.batch_size)
+    return min(full, options.budget.max_steps) if options.budget.max_steps else full
 
 
 def _rate(device: torch.device, size: int = 1024, seconds: float = 0.3) -> float:

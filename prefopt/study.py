@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -16,6 +16,7 @@ from prefopt.decode import decode, decode_value, unquoted
 from prefopt.errors import ConfigError, DataError
 from prefopt.optimization import Optimization
 from prefopt.options import Options, RewardOptions, TuningOptions, build_options
+from prefopt.streams import Budget
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 PRESETS = Path(__file__).parent / "presets"
 # What an entry may set besides hyper-parameters, by the part of the options that it belongs to.
-_OVERRIDES: Mapping[str, type] = {"reward": RewardOptions, "optimization": Optimization}
+_OVERRIDES: Mapping[str, type] = {"reward": RewardOptions, "optimization": Optimization, "budget": Budget}
+
+
+Match = Literal["labels", "tokens", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Entry:
         name: heads its row; made from the others if empty.
         reward: fields of `RewardOptions` that differ from the study's, so that rewards can be compared as algorithms are.
         optimization: fields of `Optimization` that differ from the study's.
+        budget: fields of `Budget` that differ from the study's.
         group: entries of one group are one algorithm at several strengths; alone if empty.
         tuned: its numbers were chosen by tuning.
     """
@@ -46,6 +51,7 @@ class Entry:
     name: str = ""
     reward: Mapping[str, Any] = field(default_factory=dict)
     optimization: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
     group: str = ""
     tuned: bool = False
 
@@ -62,7 +68,7 @@ class Entry:
     @property
     def values(self) -> dict[str, Any]:
         """Everything that was set, for the report."""
-        return {**self.hyper, **self.reward, **self.optimization}
+        return {**self.hyper, **self.reward, **self.optimization, **self.budget}
 
     def options(self, shared: Options) -> Options:
         """The study's options with what this entry sets."""
@@ -70,6 +76,7 @@ class Entry:
             shared,
             reward=replace(shared.reward, **self.reward),
             optimization=replace(shared.optimization, **self.optimization),
+            budget=replace(shared.budget, **self.budget),
         )
 
     def setting(self) -> algorithms.Setting:
@@ -163,6 +170,7 @@ class Study:
         question: what the study asks, in one sentence.
         kl_targets: nats at which algorithms are compared; the first is the primary end point's.
         tuning: how hyper-parameters are chosen before; the entries are what is tuned.
+        match: what settings spend alike: labels (rows and passes), or the tokens or seconds of the first setting's run.
     """
 
     entries: Sequence[Entry]
@@ -175,8 +183,11 @@ class Study:
     question: str = ""
     kl_targets: Sequence[float] = ()
     tuning: TuningOptions = field(default_factory=TuningOptions)
+    match: Match = "labels"
 
     def __post_init__(self) -> None:
+        if self.match not in get_args(Match):
+            raise ConfigError(f"match is {self.match!r}; expected {', '.join(get_args(Match))}.")
         labels = [entry.label for entry in self.entries]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if not labels or twice:
@@ -248,6 +259,7 @@ def study_of(values: Mapping[str, Any], *, preset: str = "") -> Study:
         tuple(values.get("imports", ())),
         preset=preset,
         question=values.get("question", ""),
+        match=values.get("match", "labels"),
         kl_targets=tuple(map(float, values.get("kl_targets", ()))),
         tuning=_tuning(values),
         **({"title": values["title"]} if values.get("title") else {}),
@@ -270,6 +282,7 @@ _OWN = (
     "title",
     "question",
     "kl_targets",
+    "match",
     *(item.name for item in fields(TuningOptions)),
 )
 

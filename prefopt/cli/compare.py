@@ -28,7 +28,7 @@ from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
 from prefopt.options import TuningOptions
 from prefopt.plan import describe
-from prefopt.study import Study, assign, preset_file, presets, read_item, read_study, study_of
+from prefopt.study import Match, Study, assign, preset_file, presets, read_item, read_study, study_of
 
 _COMMAND, _STUDY, TUNING = "compare", "Study", "Tuning"
 # What a study file may name besides flags.
@@ -117,6 +117,11 @@ def study_flags() -> list[Flag]:
         Flag(
             "kl_targets", tuple[float, ...], (),
             "Nats at which algorithms are compared, fixed before the run; the first is the primary end point's.", _STUDY,
+        ),
+        Flag(
+            "match", Match, "labels",
+            "What settings spend alike: labels, or the tokens (trained and sampled) or seconds of the first setting's run; a "
+            "few updates of each are measured for it.", _STUDY,
         ),
         Flag("question", str, "", "What the study asks, in one sentence; heads the report.", _STUDY),
         Flag("config", Path | None, None, "A study file: YAML with the same names, and `algorithms`; flags win.", _STUDY),

@@ -77,7 +77,7 @@ class ControlTask(ABC):
 
     @abstractmethod
     def offline(self, seed: int) -> Offline:
-        """The steps of a seed's pairs; the same object when asked again."""
+        """The steps of the pairs of a data seed; the same object when asked again."""
 
     @abstractmethod
     def actor(self) -> Actor:
@@ -94,6 +94,7 @@ class ControlTask(ABC):
     @cache  # noqa: B019  a task lives as long as its process
     def pairs(self, seed: int) -> Comparisons:
         """The training pairs of a seed."""
+        seed = self._data_seed(seed)
         offline = self.offline(seed)
         control = self._options.control
         return compare_segments(
@@ -104,6 +105,7 @@ class ControlTask(ABC):
     @cache  # noqa: B019
     def test_pairs(self, seed: int) -> Comparisons:
         """Pairs of the test episodes."""
+        seed = self._data_seed(seed)
         offline = self.offline(seed)
         return compare_segments(
             offline.steps, self.labelling, pairs=self._options.evaluation.eval_pairs,
@@ -119,10 +121,11 @@ class ControlTask(ABC):
     @cache  # noqa: B019
     def started(self, seed: int) -> tuple[Actor, Stage | None]:
         """The network that a seed's cells start from: fresh, or after behaviour cloning (the first of the two stages)."""
-        torch.manual_seed(seed)
+        seeding = self._options.seeding
+        torch.manual_seed(seeding.of("adapter", seed))
         asked, init = self._options.model.device, self._options.model.init
         # Networks this small are bound by launches: a GPU only where it is named.
-        actor, offline = self.actor().to("cpu" if asked == "auto" else asked), self.offline(seed)
+        actor, offline = self.actor().to("cpu" if asked == "auto" else asked), self.offline(self._data_seed(seed))
         if init == "as-is":
             return actor, None
         supervised, budget = self._options.supervised, self._options.budget
@@ -130,14 +133,18 @@ class ControlTask(ABC):
             ControlPolicy(actor, offline.steps), f"{actor_fingerprint(actor)}-{offline.key}", self.pairs(seed),
             both=init == "sft-both",
             budget=Budget(
-                budget.batch_size, budget.micro_batch_size, budget.micro_batch_tokens, supervised.sft_epochs, seed=seed
+                budget.batch_size, budget.micro_batch_size, budget.micro_batch_tokens, supervised.sft_epochs,
+                seed=seeding.of("order", seed),
             ),
             optimization=Optimization(learning_rate=supervised.sft_learning_rate), cache=self._cache, console=self._console,
         )  # fmt: skip
         return actor, stage
 
+    def _data_seed(self, seed: int) -> int:
+        return self._options.seeding.of("data", seed)
+
     def own_policies(self, heads: Collection[str], seed: int) -> tuple[ControlPolicy, Reference]:
-        offline = self.offline(seed)
+        offline = self.offline(self._data_seed(seed))
         return build_control(self.started(seed)[0], offline.steps, offline.key, heads=heads)
 
     def start(self) -> tuple[Actor, None]:

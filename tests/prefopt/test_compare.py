@@ -228,8 +228,8 @@ def test_all_algorithms_of_a_seed_see_the_same_rows_in_the_same_order(
         def __getattr__(self, name: str) -> Any:
             return getattr(self._stream, name)
 
-    def noting(task: Any, setting: Any, *more: Any) -> Any:
-        stream, tokens = build_stream(task, setting, *more)
+    def noting(task: Any, setting: Any, *more: Any, **options: Any) -> Any:
+        stream, tokens = build_stream(task, setting, *more, **options)
         return Noting(stream, seen.setdefault((setting.algorithm.name, more[-1]), [])), tokens
 
     monkeypatch.setattr(cell, "build_stream", noting)

@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from prefopt.cli import main
 from prefopt.compare import compare, list_jobs
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, OutputError
 from prefopt.jobs import CELL_FILE, MANIFEST_FILE
+from prefopt.matching import equal_updates
 from prefopt.study import Study, study_of
 
 OPTIONS: dict[str, Any] = {
@@ -182,3 +183,41 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     expected = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert own.pop("command") != expected.pop("command")  # the folders
     assert own == expected
+
+
+def test_equal_updates_follow_from_costs() -> None:
+    costs = {
+        "dpo": {"tokens": 100.0, "seconds": 1.0}, "ppo": {"tokens": 400.0, "seconds": 0.5},
+        "big": {"tokens": 1e9, "seconds": 9.0},
+    }  # fmt: skip
+    assert equal_updates(costs, "dpo", 40, "tokens") == {"dpo": 40, "ppo": 10, "big": 1}
+    assert equal_updates(costs, "dpo", 40, "seconds") == {"dpo": 40, "ppo": 80, "big": 4}
+    with pytest.raises(ConfigError, match="free was measured to cost nothing"):
+        equal_updates({**costs, "free": {"tokens": 0.0, "seconds": 1.0}}, "dpo", 40, "tokens")
+
+
+def test_a_study_that_matches_tokens_gives_every_setting_its_updates(cache: Path, tmp_path: Path) -> None:
+    """SFT of the chosen alone trains on half the tokens of a pair, so it gets twice the updates. All is measured once."""
+    study = gridworld("dpo", "sft", match="tokens", seeds=1, max_steps=2)
+    results = compare(study, tmp_path / "study", cache=cache, workers=0)
+    steps = {cell.label: cell.path[-1]["step"] for cell in results.cells}
+    assert steps == {"dpo": 2.0, "sft": 4.0}
+    assert any("Matched: tokens, to those of dpo's run" in note for note in results.notes)
+    stored = (tmp_path / "study" / "match.json").read_text()
+    assert compare(study, tmp_path / "study", cache=cache, workers=0).cells == results.cells
+    assert (tmp_path / "study" / "match.json").read_text() == stored
+    with pytest.raises(OutputError, match="match"):
+        compare(gridworld("dpo", "sft", seeds=1, max_steps=2), tmp_path / "study", cache=cache, workers=0)
+
+
+def test_what_does_not_vary_is_shared_by_all_seeds(cache: Path, tmp_path: Path) -> None:
+    """The pairs alone, the order alone; and both together are the default's numbers where nothing else is drawn."""
+    whole = compare(gridworld("dpo"), tmp_path / "whole", cache=cache, workers=0)
+    for vary in (["data"], ["order"]):
+        part = compare(gridworld("dpo", vary=vary), tmp_path / vary[0], cache=cache, workers=0)
+        assert part.cells[0].final == whole.cells[0].final  # seed 0 is seed 0
+        assert part.cells[1].final not in (part.cells[0].final, whole.cells[1].final)
+    adapter = compare(gridworld("dpo", vary=["adapter"]), tmp_path / "adapter", cache=cache, workers=0)
+    assert adapter.cells[1].curve == adapter.cells[0].curve  # a table has no drawn weights
+    with pytest.raises(ConfigError, match="vary"):
+        gridworld("dpo", vary=[])
