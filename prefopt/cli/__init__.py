@@ -1,4 +1,4 @@
-"""The command line: `prefopt train | compare | evaluate | tune | rerun | iterate | report |
+"""The command line: `prefopt train | compare | evaluate | tune | rerun | bundle | iterate | report |
 judge | label | power | cite | data | control | losses | laws | doctor`.
 
 Commands are imported only when they are called, so that help and reports do not wait for torch.
@@ -43,6 +43,7 @@ _COMMANDS = {
     "compare": _Command("Train several algorithms on several seeds and write the report.", "prefopt.cli.compare"),
     "evaluate": _Command("Measure policies that were trained anywhere, or samples.", "prefopt.cli.evaluate"),
     "tune": _Command("Choose every algorithm's numbers by equally many trials.", "prefopt.cli.tune"),
+    "bundle": _Command("Pack a finished comparison as one archive to publish.", "prefopt.cli.bundle"),
     "rerun": _Command("Train a cell of a comparison once more, and say whether the same came out.", "prefopt.cli.rerun"),
     "iterate": _Command("Sample, label and learn in rounds, by a reward or by people.", "prefopt.cli.iterate"),
     "score": _Command("Score pairs by many losses on one forward pass: values, rewards, gradients.", "prefopt.cli.score"),
