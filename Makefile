@@ -100,6 +100,11 @@ bench-mdp: $(STAMP) ## CPL against the exact optimum of a gridworld as data grow
 bench-rlhf: $(STAMP) ## on-policy algorithms against the exact optimum, best of n, a learned reward; finished cells are kept
 	$(BIN)/python -m benchmarks.rlhf --json runs/rlhf.json
 
+.PHONY: bench-full
+bench-full: $(STAMP) ## HH harmless and helpful apart, headline algorithms, tuned, 5 seeds, for a GPU: make bench-full HH=folder MODEL=name
+	@test -n "$(HH)" || { echo "bench-full needs the folder of the HH data set: make bench-full HH=path/to/hh-rlhf"; exit 2; }
+	$(BIN)/python -m benchmarks.hh --preset hh_full --workers 1 --hh $(HH) --model $(MODEL) $(if $(FIGURES),--figures $(FIGURES))
+
 .PHONY: bench-trust
 bench-trust: $(STAMP) ## a study whose answers are known: twins, one loss written twice, a planted slip; 5 seeds
 	$(BIN)/python -m benchmarks.trust --json runs/trust.json $(if $(QUICK),--quick)
