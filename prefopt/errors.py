@@ -33,3 +33,24 @@ class OutputError(PrefoptError):
 
 class TrainingError(PrefoptError):
     """Training stopped before an update that would have done harm; the message names step and rows."""
+
+
+class Stopped(PrefoptError):
+    """A signal came; the step was finished and a checkpoint written.
+
+    Args:
+        number: of the signal.
+        step, total: updates made, and planned.
+    """
+
+    def __init__(self, number: int, step: int, total: int) -> None:
+        super().__init__(number, step, total)  # as pickle gives them back to a parent process
+        self.number, self.step, self.total = number, step, total
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        """As shells say it."""
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        return f"stopped by signal {self.number} after step {self.step} of {self.total}, with a checkpoint."

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from prefopt.cell import run_cell
 from prefopt.environment import environment
-from prefopt.errors import PrefoptError
+from prefopt.errors import PrefoptError, Stopped
 from prefopt.files import write_json
 from prefopt.machine import end_with_parent, standard_console
 from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, Cell, CellTiming, Ledger, save_rows
@@ -155,6 +155,9 @@ def _pass(jobs: Sequence[Job], workers: int, bar: _Lines) -> list[Job]:
         futures: dict[Future[str | None], Job] = {pool.submit(run_job, job): job for job in free}
         for future in as_completed(futures):
             job, failure = futures[future], future.exception()
+            if isinstance(failure, Stopped):
+                pool.shutdown(cancel_futures=True)
+                raise failure
             if failure is not None:
                 _write_failure(job, f"{type(failure).__name__}: {failure}")
             note(job, str(failure) if failure is not None else future.result())
@@ -201,6 +204,8 @@ def _run(job: Job) -> str | None:
         save_rows(result.rows, job.folder / PER_PROMPT_FILE)
         save_rows(result.pairs, job.folder / PER_PAIR_FILE)
         _finish(job, asdict(result.cell))
+    except Stopped:
+        raise  # it is to go on, not to be reported
     except PrefoptError as error:
         _write_failure(job, str(error))
         return str(error)

@@ -18,13 +18,14 @@ from losses.types import VOCABULARY, LossOutput, Metric
 from prefopt import checkpoint
 from prefopt.communicator import Communicator, SingleProcess
 from prefopt.coupled import coupled_objectives
-from prefopt.errors import ConfigError, OutputError, TrainingError
+from prefopt.errors import ConfigError, OutputError, Stopped, TrainingError
 from prefopt.first_loss import anchor_loss, check_first_loss
 from prefopt.metrics import Meter
 from prefopt.models.protocol import Batch, Policy, trainable_parameters
 from prefopt.optimization import Logging, Optimization, UpdateGuard, build_optimizer
 from prefopt.prefetch import Feed
 from prefopt.runlog import RunLog
+from prefopt.stopping import listening
 from prefopt.streams import Stream
 
 
@@ -85,6 +86,7 @@ def fit(
             was made in between.
         OutputError: `folder` holds checkpoints and `resume` is off.
         ConfigError: the checkpoint to resume from was written by another loss, optimizer or length of run.
+        Stopped: SIGINT, SIGTERM or SIGUSR1 came, the step was finished and a checkpoint written.
     """
     optimization, logging = optimization or Optimization(), logging or Logging()
     run = _Run(policy, loss, stream, optimization, logging, folder, communicator or SingleProcess(), _sayer(console))
@@ -96,7 +98,7 @@ def fit(
     log = RunLog(folder, title, stream.total_steps, start=run.step, console=console)
     run.result.lines.extend(log.earlier)
     # A reward model may be trained in the middle of an evaluation, which has gradients off.
-    with log, torch.enable_grad():
+    with log, torch.enable_grad(), listening(folder is not None) as request:
         run.resume_clock()
         if run.step == 0:
             run.evaluate(log, evaluate, evaluate_at)
@@ -105,8 +107,11 @@ def fit(
             run.feed.prefetch()  # before anything waits for the device
             run.after_update(log)
             run.evaluate(log, evaluate, evaluate_at)
-            if folder is not None and logging.save_every and _due(run.step, logging.save_every, stream.total_steps):
+            due = logging.save_every and _due(run.step, logging.save_every, stream.total_steps)
+            if folder is not None and (due or request.number):
                 run.save()
+            if request.number:
+                raise Stopped(request.number, run.step, stream.total_steps)
         run.guard.check()
     return run.result
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cyclopts import App, CycloptsError, UnknownOptionError
 
 from prefopt import __version__
-from prefopt.errors import PrefoptError
+from prefopt.errors import PrefoptError, Stopped
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 for a training that failed or a law that is broken, 2 for what the user can mend, 130 when
-        interrupted. Errors that are not the user's are raised.
+        interrupted, 128 + n after signal n. Errors that are not the user's are raised.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in tokens
@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted. The same command {_AGAIN.get(wanted, 'starts again')}.", file=sys.stderr)
         return INTERRUPTED
+    except Stopped as error:
+        print(f"{error} The same command {_AGAIN.get(wanted, 'starts again')}.", file=sys.stderr)
+        return error.exit_code
     except CycloptsError as error:
         if debug:
             raise
