@@ -66,29 +66,50 @@ def import_votes(path: Path, book: LabelBook, rows: Sequence[Row]) -> int:
         DataError: file and line of a row that this round does not have, of a second and different vote on a row, or of what is
             no vote at all.
     """
+    found = read_votes(path, rows)
+    for label, line in found.values():
+        earlier = book.labels.get(label.id)
+        if earlier is not None and not _same_vote(earlier, label):
+            raise DataError(f"{path}:{line}: {label.id} has another vote in labels.jsonl, from an import before. {_KEEP}")
+    fresh = [label for label, _ in found.values() if label.id not in book.labels]
+    if fresh:
+        book.append(fresh)
+    return len(fresh)
+
+
+def read_votes(path: Path, rows: Sequence[Row], what: str = "round") -> dict[str, tuple[Label, int]]:
+    """The votes of a file as labels, each with its line, by row.
+
+    Args:
+        what: the rows belong to, for messages: a round of a loop, or a page.
+
+    Raises:
+        DataError: as `import_votes`.
+    """
     known = {row.id for row in rows}
-    found: dict[str, tuple[Label, str]] = {}
+    found: dict[str, tuple[Label, int]] = {}
     for number, text in enumerate(_lines(path), start=1):
         if not text.strip():
             continue
         where = f"{path}:{number}"
         label = _parse(text, where)
         if label.id not in known:
-            round_of = label.id.rpartition(":")[0] or "no round"
+            other = label.id.rpartition(":")[0] or f"no {what}"
             raise DataError(
-                f"{where}: {label.id!r} is no row of this round ({rows[0].id} to {rows[-1].id}), but of {round_of}. Votes are "
-                "for the round that waits for them."
+                f"{where}: {label.id!r} is no row of this {what} ({rows[0].id} to {rows[-1].id}), but of {other}. Votes are "
+                f"for the {what} that waits for them."
             )
-        earlier = found.get(label.id)
-        if earlier is None and label.id in book.labels:
-            earlier = book.labels[label.id], "labels.jsonl, from an import before"
-        if earlier is not None and (earlier[0].ranks, earlier[0].soft_label) != (label.ranks, label.soft_label):
-            raise DataError(f"{where}: {label.id} has another vote in {earlier[1]}. Keep one of the two.")
-        found.setdefault(label.id, (label, f"line {number}"))
-    fresh = [label for label, _ in found.values() if label.id not in book.labels]
-    if fresh:
-        book.append(fresh)
-    return len(fresh)
+        earlier = found.setdefault(label.id, (label, number))
+        if not _same_vote(earlier[0], label):
+            raise DataError(f"{where}: {label.id} has another vote in line {earlier[1]}. {_KEEP}")
+    return found
+
+
+_KEEP = "Keep one of the two."
+
+
+def _same_vote(one: Label, other: Label) -> bool:
+    return (one.ranks, one.soft_label) == (other.ranks, other.soft_label)
 
 
 def _lines(path: Path) -> list[str]:
@@ -96,7 +117,7 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise DataError(f"--votes {path}: cannot be read ({reason}).") from error
+        raise DataError(f"{path}: votes cannot be read ({reason}).") from error
 
 
 def _parse(text: str, where: str) -> Label:
