@@ -111,11 +111,17 @@ class LocalChat:
 
     def render(self, conversation: Conversation) -> str:
         """The text that the reply follows: by the chat template, or as plain text where there is none."""
+        said = [{**message, "content": self._harmless(message["content"])} for message in conversation]
         if self._tokenizer.chat_template:
-            turns = [dict(message) for message in conversation]
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        said = "".join(f"{_NAMES[message['role']]}: {message['content']}\n\n" for message in conversation)
-        return f"{self._bos}{said}{_NAMES['assistant']}:"
+            return str(self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        text = "".join(f"{_NAMES[message['role']]}: {message['content']}\n\n" for message in said)
+        return f"{self._bos}{text}{_NAMES['assistant']}:"
+
+    def _harmless(self, content: str) -> str:
+        """A text without special tokens: quoted in it, one would end the turn or begin another. A space breaks them up."""
+        for token in self._tokenizer.all_special_tokens:
+            content = content.replace(token, f"{token[:1]} {token[1:]}")
+        return content
 
     def _fits(self, tokens: int) -> bool:
         fits = self._context is None or tokens <= self._context

@@ -57,6 +57,16 @@ def test_without_a_template_it_is_plain_text_and_says_so(model: LocalChat) -> No
     assert model.notes == (NO_TEMPLATE,)
 
 
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_special_tokens_in_a_text_are_text(model: LocalChat, template: str | None) -> None:
+    """A quoted end of turn would let a completion speak for the user."""
+    model._tokenizer.chat_template = template
+    eos = model._tokenizer.eos_token_id
+    (quiet,), (loud,) = (model._encode([model.render(ask(text)[0])]) for text in ("a b", "a </s> b"))
+    assert loud.count(eos) == quiet.count(eos)
+    assert "< /s>" in model.render(ask("a </s> b")[0])
+
+
 def test_an_answer_that_begins_another_has_what_that_leaves_of_it(model: LocalChat) -> None:
     """P(a and not a b) + P(a b) = P(a)."""
     found = model.choose(ask("c"), ["a", "a b", "d"])[0].exp()
