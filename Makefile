@@ -105,6 +105,11 @@ bench-full: $(STAMP) ## HH harmless and helpful apart, headline algorithms, tune
 	@test -n "$(HH)" || { echo "bench-full needs the folder of the HH data set: make bench-full HH=path/to/hh-rlhf"; exit 2; }
 	$(BIN)/python -m benchmarks.hh --preset hh_full --workers 1 --hh $(HH) --model $(MODEL) $(if $(FIGURES),--figures $(FIGURES))
 
+.PHONY: bench-outsiders
+bench-outsiders: $(STAMP) ## DPO by TRL and by prefopt on the same rows, in one report of policies made elsewhere: HH=folder
+	@test -n "$(HH)" || { echo "bench-outsiders needs the folder of the HH data set: make bench-outsiders HH=path/to/hh-rlhf"; exit 2; }
+	$(BIN)/python -m benchmarks.outsiders --hh $(HH) --model $(MODEL)
+
 .PHONY: bench-ai-labels
 bench-ai-labels: $(STAMP) ## a small model as a labeller of HH: position bias, agreement with people: make bench-ai-labels HH=folder
 	@test -n "$(HH)" || { echo "bench-ai-labels needs a folder of HH dialogues: make bench-ai-labels HH=path/to/harmless-base"; exit 2; }

@@ -257,7 +257,6 @@ class EvaluationOptions:
     """What is measured, and how often.
 
     Args:
-        eval_rows: Where: test rows for a report, tuning rows while hyper-parameters are chosen.
         checkpoints: Evaluations along a run, the last step included.
         eval_pairs: Test pairs for accuracies and margins; 0 uses all.
         eval_prompts: Test prompts that are sampled from for KL, length and judge scores; episodes in control.
@@ -268,9 +267,9 @@ class EvaluationOptions:
         judges: More judges of samples (text), as `prefopt judge` names them: llm:MODEL, reward:FOLDER, file.py:function.
         proxy: Score them by the seed's reward model too, which is trained where no algorithm asks for it: over-optimisation is
             the gap between it and the gold reward (sentiment).
+        eval_rows: Where: test rows for a report, tuning rows while hyper-parameters are chosen.
     """
 
-    eval_rows: Literal["test", "tuning"] = "test"
     checkpoints: int = 4
     eval_pairs: int = 256
     eval_prompts: int = 64
@@ -279,6 +278,7 @@ class EvaluationOptions:
     judge_members: int = 1
     judges: tuple[str, ...] = ()
     proxy: bool = False
+    eval_rows: Literal["test", "tuning"] = "test"
 
     def __post_init__(self) -> None:
         if self.judge_members < 1 or not self.temperatures or any(not value >= 0 for value in self.temperatures):
