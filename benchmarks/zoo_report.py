@@ -9,8 +9,9 @@ from typing import Any
 
 from benchmarks.zoo_cells import CellResult, World
 from benchmarks.zoo_config import Part, Trial, Zoo
-from benchmarks.zoo_statistics import ASSUMPTIONS, Comparison, Standing, compare, lowest_regret, reward_at
+from benchmarks.zoo_statistics import ASSUMPTIONS, Comparison, Standing, compare, lowest_regret
 from prefopt import algorithms
+from prefopt.report.matched import reward_at
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,11 @@ def _block(zoo: Zoo, part: Part, labels: str, chosen: Mapping[str, Trial], resul
             failed[loss] = f"{len(errors)} of {len(cells)} cells: {errors[0]}"
             continue
         paths = [cell.path for cell in cells]
+        curves = [[(point["kl"], point["reward"]) for point in path] for path in paths]
         rows.append(
             Row(
                 loss, algorithms.get(loss).stream, chosen[loss],
-                {target: [reward_at(path, target) for path in paths] for target in zoo.targets},
+                {target: [reward_at(curve, target) for curve in curves] for target in zoo.targets},
                 [lowest_regret(path) for path in paths],
                 [path[-1]["kl"] for path in paths], [max(point["kl"] for point in path) for path in paths],
             )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, pairwise, product
+from itertools import count, product
 from string import ascii_lowercase
 
 import numpy as np
@@ -26,29 +26,6 @@ ASSUMPTIONS = (
     "settings are taken as given: that another tuning might have chosen others is not in the intervals",
     "only losses that reach a target in every world are compared there, and each column is a family of its own",
 )
-
-
-def reward_at(path: Sequence[Mapping[str, float]], target: float) -> float | None:
-    """The most reward on a path at a KL of at most `target` nats; None if the path never gets that far.
-
-    The path is interpolated between neighbouring checkpoints, linearly in the square root of KL: near the reference KL is
-    quadratic in a step and reward linear, and a straight line never leaves the two values it joins. As the KL that is allowed
-    grows, this value never falls.
-
-    Args:
-        path: `kl` and `reward` at the reference and at each checkpoint, in order.
-        target: nats.
-    """
-    if max(point["kl"] for point in path) < target:
-        return None
-    # A rounding error below 0 is the reference itself.
-    points = [(math.sqrt(max(0.0, point["kl"])), point["reward"]) for point in path]
-    edge = math.sqrt(target)
-    within = [reward for distance, reward in points if distance <= edge]
-    for (near, first), (far, last) in pairwise(points):
-        if (near - edge) * (far - edge) < 0:
-            within.append(first + (last - first) * (edge - near) / (far - near))
-    return max(within)
 
 
 def lowest_regret(path: Sequence[Mapping[str, float]]) -> float:

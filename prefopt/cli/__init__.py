@@ -1,7 +1,7 @@
 """The command line: `prefopt train | compare | evaluate | tune | rerun | bundle | iterate | report |
 judge | label | power | cite | data | control | losses | laws | doctor`.
 
-Commands are imported only when they are called, so that help and reports do not wait for torch.
+Commands are imported only when they are called, so that help does not wait for torch.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,24 +18,40 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from prefopt.report.forest import forest, forest_caption
+from prefopt.report.pairs import (
+    MARGINS,
+    MARGINS_CAPTION,
+    SIDES,
+    SIDES_CAPTION,
+    PairTable,
+    margins_figure,
+    sides_figure,
+)
 from prefopt.report.plane import plane_caption, plane_metric, reward_kl_plane
 from prefopt.report.plotting import (
-    GRID,
     INK,
-    MUTED,
     Line,
     label_of,
     looks,
     mean_path,
     new_figure,
     points,
+    remark,
+    rows_figure,
     smooth,
     styled,
     to_png,
+    to_svg,
 )
+from prefopt.report.power import LEVEL
 from prefopt.report.schema import Metric, Results, Timings
-from prefopt.report.statistics import LEVEL, mean_interval
+from prefopt.report.statistics import mean_interval
+from prefopt.report.strengths import strengths_caption, strengths_plane
+from prefopt.report.tuning import TUNING_CAPTION, expected_best
 
+FOREST, FRONTIER, PLANE = "forest", "frontier", "reward_kl"
+"""What the first screen shows: the forest plot, and the frontier or, without one, the plane."""
 _CURVES_CAPTION = (
     "Over training steps, mean over seeds, with a running mean over the training log; "
     "each algorithm's margins are on a scale of its own."
@@ -45,19 +60,25 @@ _CURVES_CAPTION = (
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished figure: file stem, PNG, one sentence that says what is drawn."""
+    """A finished figure: file stem, PNG and SVG, one sentence that says what is drawn."""
 
     name: str
     png: bytes
+    svg: bytes
     caption: str
 
 
-def draw_all(results: Results, timings: Timings | None = None) -> tuple[Picture, ...]:
-    """Every figure that these results can fill, in the order of the report."""
+def draw_all(results: Results, timings: Timings | None = None, pairs: PairTable | None = None) -> tuple[Picture, ...]:
+    """Every figure that these results and their held-out pairs can fill, in the order of the report."""
     recipes: tuple[tuple[str, Callable[[], Figure | None], str], ...] = (
-        ("reward_kl", lambda: reward_kl_plane(results), plane_caption(results)),
+        (FOREST, lambda: forest(results), forest_caption(results)),
+        (FRONTIER, lambda: strengths_plane(results), strengths_caption(results)),
+        (PLANE, lambda: reward_kl_plane(results), plane_caption(results)),
         ("learning_curves", lambda: learning_curves(results), _CURVES_CAPTION),
         ("final_values", lambda: final_values(results), _final_caption(results)),
+        (SIDES, lambda: sides_figure(results), SIDES_CAPTION),
+        (MARGINS, lambda: None if pairs is None else margins_figure(results, pairs), MARGINS_CAPTION),
+        ("tuning", lambda: expected_best(results), TUNING_CAPTION),
         ("cost", lambda: cost_bars(results, timings), "What each setting used, mean over the seeds that finished."),
     )  # fmt: skip
     pictures = []
@@ -65,7 +86,7 @@ def draw_all(results: Results, timings: Timings | None = None) -> tuple[Picture,
         for name, draw, caption in recipes:
             figure = draw()
             if figure is not None:
-                pictures.append(Picture(name, to_png(figure), caption))
+                pictures.append(Picture(name, to_png(figure), to_svg(figure), caption))
     return tuple(pictures)
 
 
@@ -103,7 +124,10 @@ def learning_curves(results: Results) -> Figure | None:
     figure.supxlabel("training step", fontsize=9, color=INK)
     shown = [setting.label for setting in results.settings if any(setting.label in lines for _, _, lines in data)]
     handles = [Line2D([], [], color=styles[label].colour, linestyle=styles[label].dash, linewidth=2.2) for label in shown]
-    figure.legend(handles, shown, loc="outside upper left", ncols=min(len(shown), 8), frameon=False, handlelength=1.6)
+    # Inches of a handle and of a letter; a legend that is too wide would be cut at the edge.
+    fitting = max(1, int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, shown)))))
+    columns = min(len(shown), fitting, 8)
+    figure.legend(handles, shown, loc="outside upper left", ncols=columns, frameon=False, handlelength=1.6)
     return figure
 
 
@@ -117,13 +141,13 @@ def final_values(results: Results) -> Figure | None:
     shown = sorted(shown, key=lambda metric: not metric.primary)[:4]
     if not shown:
         return None
-    figure, grid = _rows_by_setting(results, len(shown))
+    figure, grid = rows_figure(results, [setting.label for setting in results.settings], len(shown))
     styles = looks(results)
     for axes, metric in zip(grid, shown, strict=True):
         for row, setting in enumerate(results.settings):
             values = list(results.values(setting.label, metric.key).values())
             if not values:
-                _remark(axes, row, _absence(results, setting.label))
+                remark(axes, row, _absence(results, setting.label))
                 continue
             style = styles[setting.label]
             if results.smoke:
@@ -166,13 +190,13 @@ def cost_bars(results: Results, timings: Timings | None = None) -> Figure | None
     panels = [panel for panel in panels if any(math.isfinite(value) and value != 0 for value in panel[1].values())][:5]
     if not panels:
         return None
-    figure, grid = _rows_by_setting(results, len(panels))
+    figure, grid = rows_figure(results, [setting.label for setting in results.settings], len(panels))
     styles = looks(results)
     for axes, (title, values, write) in zip(grid, panels, strict=True):
         for row, setting in enumerate(results.settings):
             value = values.get(setting.label, math.nan)
             if not math.isfinite(value):
-                _remark(axes, row, _absence(results, setting.label))
+                remark(axes, row, _absence(results, setting.label))
                 continue
             axes.barh(row, value, height=0.62, color=styles[setting.label].colour, alpha=0.9)
             axes.annotate(
@@ -192,21 +216,6 @@ def cost_bars(results: Results, timings: Timings | None = None) -> Figure | None
     return figure
 
 
-def _rows_by_setting(results: Results, panels: int) -> tuple[Figure, np.ndarray]:
-    """Panels side by side with one row per setting, first setting on top, names at the left."""
-    count = len(results.settings)
-    figure = new_figure(results, 1.4 + 2.1 * panels if panels > 1 else 5.2, 0.9 + 0.34 * count)
-    grid = figure.subplots(1, panels, sharey=True, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_yticks(range(count), [setting.label for setting in results.settings])
-        axes.set_ylim(count - 0.5, -0.5)
-        axes.grid(True, axis="y", color=GRID)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-    return figure, grid
-
-
 def _over_steps(results: Results, source: str, key: str) -> dict[str, Line]:
     """Mean over seeds of one key over steps, by setting; settings without it are absent."""
     found = {}
@@ -221,12 +230,6 @@ def _over_steps(results: Results, source: str, key: str) -> dict[str, Line]:
 def _title(axes: Axes, text: str) -> None:
     """A title that wraps instead of running into the panel beside it."""
     axes.set_title(textwrap.fill(text, 22))
-
-
-def _remark(axes: Axes, row: int, text: str) -> None:
-    place: dict[str, Any] = {"xy": (0.02, row), "xycoords": ("axes fraction", "data"), "va": "center"}
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-    axes.annotate(text, **place, fontsize=7.5, color=MUTED, style="italic", bbox=box)
 
 
 def _absence(results: Results, label: str) -> str:

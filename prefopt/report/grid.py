@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 Style = Literal["", "dim", "failed", "strong"]
 
 _RICH_STYLES: dict[str, str] = {"": "", "dim": "dim", "failed": "red", "strong": "bold"}
+_WIDE = 200
+# What LaTeX reads as commands, and what its fonts lack.
+_LATEX = {
+    **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "±": r"$\pm$", "−": "$-$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "†": r"\dag{}", "β": r"$\beta$", "\u00a0": "~", "[": "{[}", "]": "{]}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,10 +38,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Entry:
-    """One value as it is shown."""
+    """One value as it is shown. In HTML `link` is where it came from, and `anchor` its own name for links."""
 
     text: str
     style: Style = ""
+    link: str = ""
+    anchor: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,12 @@ class Grid:
                 raise ValueError(
                     f"Grid {self.title!r}: a row has {len(row)} entries, the header {len(self.columns)}; both must be equal."
                 )
+
+    def __str__(self) -> str:
+        """As on a terminal, wide enough for every column."""
+        console = Console(file=io.StringIO(), width=_WIDE, color_system=None)
+        console.print(to_rich(self))
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
 def to_rich(grid: Grid) -> Table:
@@ -76,6 +95,34 @@ def to_markdown(grid: Grid) -> str:
     return "\n".join(
         [f"**{_escape(grid.title)}**", "", header, rule, *rows, *(["", " ".join(captions)] if captions else []), ""]
     )
+
+
+def to_csv(grid: Grid) -> str:
+    """For spreadsheets: the header and the rows as they are shown, without title and captions."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([column.header for column in grid.columns])
+    writer.writerows([entry.text for entry in row] for row in grid.rows)
+    return buffer.getvalue()
+
+
+def to_latex(grid: Grid) -> str:
+    """For papers: a tabular of the package booktabs in a table environment, with title and captions as its caption."""
+    columns = "".join("r" if column.numeric else "l" for column in grid.columns)
+    lines = [[column.header for column in grid.columns], *([entry.text for entry in row] for row in grid.rows)]
+    head, *body = [" & ".join(map(_latex, line)) + r" \\" for line in lines]
+    caption = _latex(" ".join([f"{grid.title}.", *grid.captions]))
+    return "\n".join(
+        [
+            r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+            head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+        ]
+    )  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(_LATEX.get(mark, mark) for mark in text.replace("\n", " "))
 
 
 def _escape(text: str) -> str:

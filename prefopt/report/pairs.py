@@ -17,6 +17,15 @@ from prefopt.report.grid import Column, Entry, Grid
 from prefopt.report.plotting import INK, Line, looks, mean_path, new_figure, points
 from prefopt.report.schema import PairRow, Results
 
+MARGINS, SIDES = "margins", "chosen_and_rejected"
+MARGINS_CAPTION = (
+    "Margins on held-out pairs, seeds averaged: from the 5th to the 95th percentile, the middle half thick, a dot at the "
+    "median. Right of zero the policy raises the chosen completion more than the rejected one."
+)
+SIDES_CAPTION = (
+    "Log-ratios of held-out completions over training, mean over seeds. Both sides may fall while the margin grows: the policy "
+    "then moves probability to completions that are in no pair."
+)
 _TIE = 1e-3
 _DISPUTED = 8
 _QUARTERS = ("narrowest quarter", "second", "third", "widest quarter")
@@ -119,9 +128,18 @@ def disputed_grid(table: PairTable) -> Grid | None:
     return Grid("most disputed pairs", columns, tuple(rows), ("Margins in nats; the id names file and row.",))
 
 
+def pair_grids(table: PairTable | None) -> dict[str, Grid]:
+    """The tables of held-out pairs by the name of their file; one without rows has nothing to say."""
+    none = Grid("", (), ())
+    return {
+        "pair_accuracy": none if table is None else accuracy_grid(table),
+        "disagreement": none if table is None else disagreement_grid(table) or none,
+        "disputed_pairs": none if table is None else disputed_grid(table) or none,
+    }
+
+
 def margins_figure(results: Results, table: PairTable) -> Figure:
-    """Distribution of margins by setting: a line from the 5th to the 95th percentile, a bar over the middle half, a dot at the
-    median; zero is a pair that the policy orders as the reference would by chance."""
+    """Distribution of margins by setting: `MARGINS_CAPTION`."""
     figure = new_figure(results, 5.6, 0.9 + 0.34 * len(table.labels))
     axes, styles = figure.add_subplot(), looks(results)
     for row, (label, margins) in enumerate(zip(table.labels, table.margins, strict=True)):
@@ -139,7 +157,7 @@ def margins_figure(results: Results, table: PairTable) -> Figure:
 
 
 def sides_figure(results: Results) -> Figure | None:
-    """Log-ratios of chosen and of rejected completions over training: both may fall while the margin grows."""
+    """Log-ratios of chosen and of rejected completions over training; None where they were not measured."""
     panels = (("chosen_log_ratio", "chosen"), ("rejected_log_ratio", "rejected"))
     lines = {key: {s.label: _over_training(results, s.label, key) for s in results.settings} for key, _ in panels}
     if not any(line for own in lines.values() for line in own.values()):

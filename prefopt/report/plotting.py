@@ -17,8 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from prefopt.report.matched import families
 from prefopt.report.schema import Results
 from prefopt.report.tables import SMOKE
 
@@ -56,12 +58,16 @@ _STYLE = {
     "lines.solid_joinstyle": "round",
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
+    "svg.hashsalt": "prefopt",  # equal figures, equal ids
 }
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one setting is drawn in every figure: colour first; from the ninth setting on, dash and marker tell apart."""
+    """How one setting is drawn in every figure: a colour for its family; from the ninth family on, dash and marker tell apart.
+
+    Strengths of one family share colour and marker and differ in dash.
+    """
 
     colour: str
     dash: Any
@@ -69,13 +75,14 @@ class Look:
 
 
 def looks(results: Results) -> dict[str, Look]:
-    """A look for each setting, by its place in the comparison."""
+    """A look for each setting and each family, by the family's place in the comparison."""
     made = {}
-    for index, setting in enumerate(results.settings):
-        turn = index // len(_COLOURS)
-        made[setting.label] = Look(
-            _COLOURS[index % len(_COLOURS)], _DASHES[turn % len(_DASHES)], _MARKERS[turn % len(_MARKERS)]
-        )
+    for index, (family, members) in enumerate(families(results).items()):
+        colour, turn = _COLOURS[index % len(_COLOURS)], index // len(_COLOURS)
+        marker = _MARKERS[turn % len(_MARKERS)]
+        for strength, setting in enumerate(members):
+            made[setting.label] = Look(colour, _DASHES[(turn + strength) % len(_DASHES)], marker)
+        made.setdefault(family, Look(colour, _DASHES[turn % len(_DASHES)], marker))
     return made
 
 
@@ -102,10 +109,40 @@ def new_figure(results: Results, width: float, height: float) -> Figure:
     return figure
 
 
+def rows_figure(results: Results, names: Sequence[str], panels: int = 1) -> tuple[Figure, np.ndarray]:
+    """Panels side by side with a row for each name, the first on top, names at the left."""
+    count = len(names)
+    figure = new_figure(results, 1.4 + 2.1 * panels if panels > 1 else 5.2, 0.9 + 0.34 * count)
+    grid = figure.subplots(1, panels, sharey=True, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_yticks(range(count), names)
+        axes.set_ylim(count - 0.5, -0.5)
+        axes.grid(True, axis="y", color=GRID)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    return figure, grid
+
+
+def remark(axes: Axes, row: int, text: str) -> None:
+    """What stands in a row that has no value."""
+    place: dict[str, Any] = {"xy": (0.02, row), "xycoords": ("axes fraction", "data"), "va": "center"}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axes.annotate(text, **place, fontsize=7.5, color=MUTED, style="italic", bbox=box)
+
+
 def to_png(figure: Figure) -> bytes:
     """The figure as PNG, without a time stamp: equal results give equal pictures."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure) -> bytes:
+    """The figure as SVG, its text as outlines, without a time stamp; call it after `to_png`, whose layout it keeps."""
+    figure.set_layout_engine("none")  # laying out anew takes as long as drawing
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 

@@ -8,16 +8,18 @@ result says which of the two it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import combinations
 
+from prefopt.report.power import LEVEL, POWER, detectable_over_prompts, detectable_over_seeds
 from prefopt.report.schema import MINIMUM_SEEDS, PromptRow, Results
 
-LEVEL = 0.95
-POWER = 0.8
+Values = Mapping[str, Mapping[int, float]]
+"""Of each setting or family, one number a seed."""
+SIGNIFICANT = 0.05
+"""A pair is told apart where its p value, after Holm's correction, is under this."""
 NO_SCIPY = "no intervals and no tests: scipy is not installed (the extra `stats` has it)"
 
 
@@ -35,8 +37,9 @@ class Interval:
 class Comparison:
     """The mean difference left - right of the primary metric over the seeds that both have, and its t test.
 
-    `p` and `half_width` are None when there is no test; `missing` then says why. `p_holm` is corrected over the family.
-    `detectable` is the difference that a test at this spread finds with probability 0.8.
+    `p` and `half_width` are None when there is no test; `missing` then says why. `p_holm` is corrected over the `tests` of its
+    family. `deviation` is that of the differences over seeds; `detectable` is the difference that a test at this spread finds
+    with probability 0.8. `format` is the metric's.
     """
 
     left: str
@@ -48,6 +51,26 @@ class Comparison:
     p_holm: float | None
     detectable: float | None
     missing: str = ""
+    deviation: float | None = None
+    tests: int = 1
+    format: str = ".3g"
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the corrected test finds a difference."""
+        return self.p_holm is not None and self.p_holm < SIGNIFICANT
+
+    @property
+    def turned(self) -> Comparison:
+        """The same comparison, right - left."""
+        return replace(self, left=self.right, right=self.left, difference=-self.difference)
+
+    @property
+    def sentence(self) -> str:
+        """The comparison in plain words."""
+        from prefopt.report.sentences import in_words
+
+        return in_words(self)
 
 
 def scipy_installed() -> bool:
@@ -84,40 +107,46 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def smallest_detectable_difference(deviation: float, n: int, power: float = POWER, level: float = LEVEL) -> float | None:
     """The true mean difference that a two-sided t test of n differences with this standard deviation finds with
-    probability `power`: the noncentrality d with P(|t'_{n-1}(d)| > t_{(1+level)/2}) = power, times deviation / sqrt(n).
+    probability `power`.
 
     None under `MINIMUM_SEEDS` values or without scipy. One test, without Holm's correction.
     """
-    if _missing(n):
-        return None
-    return _noncentrality(n - 1, power, level) * deviation / math.sqrt(n)
+    return None if _missing(n) else detectable_over_seeds(deviation, n, power, level)
 
 
 def against_reference(results: Results) -> tuple[Comparison, ...]:
-    """Each setting against the reference policy, whose value is one known number; one family for Holm."""
-    metric = results.primary
-    if metric is None or not math.isfinite(results.reference.get(metric.key, math.nan)):
-        return ()
-    base = results.reference[metric.key]
-    made = []
-    for setting in results.settings:
-        values = results.values(setting.label, metric.key)
-        made.append(paired(setting.label, "reference", [value - base for value in values.values()]))
-    return corrected(made)
-
-
-def between_settings(results: Results) -> tuple[Comparison, ...]:
-    """Every pair of settings, paired by seed over the seeds that both finished; one family for Holm."""
+    """Each setting's final value against the reference policy, whose value is one known number; one family for Holm."""
     metric = results.primary
     if metric is None:
         return ()
+    return against(_final(results, metric.key), results.reference.get(metric.key, math.nan), metric.format)
+
+
+def between_settings(results: Results) -> tuple[Comparison, ...]:
+    """Every pair of settings at the end, paired by seed over the seeds that both finished; one family for Holm."""
+    metric = results.primary
+    return () if metric is None else between(_final(results, metric.key), metric.format)
+
+
+def against(values: Values, base: float, spec: str = ".3g") -> tuple[Comparison, ...]:
+    """Each name's values against one known number; one family for Holm; empty where the number is not finite."""
+    if not math.isfinite(base):
+        return ()
+    return corrected(
+        [paired(name, "reference", [value - base for value in own.values()], spec) for name, own in values.items()]
+    )
+
+
+def between(values: Values, spec: str = ".3g") -> tuple[Comparison, ...]:
+    """Every pair of names, paired by seed over the seeds that both have; one family for Holm."""
     made = []
-    for left, right in combinations([setting.label for setting in results.settings], 2):
-        first, second = results.values(left, metric.key), results.values(right, metric.key)
-        made.append(
-            paired(left, right, [first[seed] - second[seed] for seed in results.seeds if seed in first and seed in second])
-        )
+    for (left, first), (right, second) in combinations(values.items(), 2):
+        made.append(paired(left, right, [first[seed] - second[seed] for seed in first if seed in second], spec))
     return corrected(made)
+
+
+def _final(results: Results, key: str) -> Values:
+    return {setting.label: results.values(setting.label, key) for setting in results.settings}
 
 
 @dataclass(frozen=True)
@@ -146,69 +175,38 @@ def summarise_prompts(rows: Sequence[PromptRow]) -> tuple[PromptSummary, ...]:
     made = []
     for (label, judge), by_prompt in scores.items():
         means = [math.fsum(values) / len(values) for values in by_prompt.values()]
-        deviation = _deviation(means) if len(means) > 1 else math.nan
-        made.append(
-            PromptSummary(
-                label, judge, len(means), math.fsum(means) / len(means), deviation, _normal_detectable(deviation, len(means))
-            )
-        )
+        prompts, deviation = len(means), _deviation(means) if len(means) > 1 else math.nan
+        detectable = detectable_over_prompts(deviation, prompts)
+        made.append(PromptSummary(label, judge, prompts, math.fsum(means) / prompts, deviation, detectable))
     return tuple(made)
 
 
-# z_0.975 + z_0.8 of the standard normal distribution.
-_NORMAL_SUM = 1.959963984540054 + 0.8416212335729143
-
-
-def _normal_detectable(deviation: float, n: int) -> float:
-    return _NORMAL_SUM * deviation / math.sqrt(n)
-
-
-def paired(left: str, right: str, differences: Sequence[float]) -> Comparison:
+def paired(left: str, right: str, differences: Sequence[float], spec: str = ".3g") -> Comparison:
     """A t test of differences left - right, one for each seed (or block); `p_holm` is left to `corrected`."""
     interval = mean_interval(differences)
+    untested = Comparison(left, right, interval.n, interval.mean, None, None, None, None, interval.missing, format=spec)
     if interval.half_width is None:
-        return Comparison(left, right, interval.n, interval.mean, None, None, None, None, interval.missing)
+        return untested
     deviation = _deviation(differences)
     if deviation <= 1e-12 * max(abs(value) for value in differences):
         # t is 0/0 or infinite: seeds that agree to the last digit are one run, not a sample.
-        return Comparison(left, right, interval.n, interval.mean, None, None, None, None, "all seeds are equal")
+        return replace(untested, missing="all seeds are equal")
     from scipy import stats
 
     t = interval.mean / (deviation / math.sqrt(interval.n))
-    p = float(2 * stats.t.sf(abs(t), interval.n - 1))
-    detectable = smallest_detectable_difference(deviation, interval.n)
-    return Comparison(left, right, interval.n, interval.mean, interval.half_width, p, None, detectable)
+    return replace(
+        untested,
+        half_width=interval.half_width,
+        p=float(2 * stats.t.sf(abs(t), interval.n - 1)),
+        detectable=detectable_over_seeds(deviation, interval.n),
+        deviation=deviation,
+    )
 
 
 def corrected(made: Sequence[Comparison]) -> tuple[Comparison, ...]:
     """The tests of one family, with Holm's p values."""
     values = holm([item.p for item in made])
-    return tuple(
-        Comparison(c.left, c.right, c.n, c.difference, c.half_width, c.p, p_holm, c.detectable, c.missing)
-        for c, p_holm in zip(made, values, strict=True)
-    )
-
-
-@lru_cache(maxsize=64)
-def _noncentrality(degrees: int, power: float, level: float) -> float:
-    """d with P(|Z + d| > t_{(1+level)/2} S) = power, Z normal and S^2 = chi^2 / degrees.
-
-    Integrated over quantiles of S by Gauss-Legendre: scipy's own noncentral t is NaN from d of about 10 on, which is where
-    three seeds need it.
-    """
-    import numpy as np
-    from scipy import optimize, stats
-
-    critical = _quantile((1 + level) / 2, degrees)
-    nodes, weights = np.polynomial.legendre.leggauss(400)
-    threshold = critical * np.sqrt(stats.chi2.ppf((nodes + 1) / 2, degrees) / degrees)
-
-    def shortfall(d: float) -> float:
-        reached = stats.norm.sf(threshold - d) + stats.norm.cdf(-threshold - d)
-        return float(weights @ reached) / 2 - power
-
-    # At 3 critical values the power is above 0.99 for every degree of freedom >= 2, so the root is bracketed.
-    return float(optimize.brentq(shortfall, 0.0, 3 * critical))
+    return tuple(replace(item, p_holm=p_holm, tests=len(made)) for item, p_holm in zip(made, values, strict=True))
 
 
 def _missing(n: int) -> str:

@@ -8,25 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from prefopt.report.grid import Column, Entry, Grid, Style, to_markdown, to_rich
-from prefopt.report.health import health_grid
+from prefopt.report.power import LEVEL
 from prefopt.report.schema import Cell, Judge, Metric, Results, Setting, Timings
-from prefopt.report.statistics import (
-    LEVEL,
-    NO_SCIPY,
-    Comparison,
-    PromptSummary,
-    against_reference,
-    between_settings,
-    mean_interval,
-    scipy_installed,
-)
+from prefopt.report.statistics import NO_SCIPY, PromptSummary, mean_interval, scipy_installed
 
 SMOKE = "smoke run: no ranking"
 JUDGE_FLOOR = 0.55
@@ -48,16 +37,6 @@ def results_table(results: Results, timings: Timings | None = None) -> Table:
 def results_markdown(results: Results, timings: Timings | None = None) -> str:
     """The main table as Markdown, for READMEs."""
     return to_markdown(results_grid(results, timings))
-
-
-def print_summary(results: Results, timings: Timings | None, console: Console) -> None:
-    """Results, the tests against the reference and the judges on a terminal; tests of pairs are in the report."""
-    health = health_grid(results)
-    for grid in (results_grid(results, timings), *paired_grids(results)[:1], judges_grid(results.judges), health):
-        if grid.rows:
-            console.print(to_rich(grid))
-    for note in results.notes:
-        console.print(Text(f"note: {note}"))
 
 
 def heading(results: Results) -> str:
@@ -106,7 +85,9 @@ def results_grid(results: Results, timings: Timings | None = None) -> Grid:
         row = [Entry(setting.label, "strong")]
         broken = not results.cells_of(setting.label)
         for metric, style in zip(results.metrics, styles, strict=False):
-            row.append(Entry("failed", "failed") if broken else Entry(_over_seeds(results, setting, metric), style))
+            values = list(results.values(setting.label, metric.key).values())
+            text = "failed" if broken else over_seeds(results, values, metric.format)
+            row.append(Entry(text, "failed" if broken else style, f"#{cells_anchor(results, setting)}"))
         row += [Entry(texts[setting.label]) for _, texts in clocks]
         if failures:
             row.append(Entry("; ".join(_failure(cell) for cell in results.failed_of(setting.label)), "failed"))
@@ -115,16 +96,29 @@ def results_grid(results: Results, timings: Timings | None = None) -> Grid:
     return Grid(title, tuple(columns), tuple(rows), tuple(_results_captions(results)))
 
 
-def paired_grids(results: Results) -> tuple[Grid, ...]:
-    """Paired t tests on the primary metric: against the reference, and between settings. None under three seeds."""
-    metric = results.primary
-    if results.smoke or metric is None or not scipy_installed():
-        return ()
-    families = (
-        (against_reference(results), "each setting against the reference"),
-        (between_settings(results), "pairs of settings"),
-    )
-    return tuple(_tests_grid(family, metric, what) for family, what in families if family)
+def cells_grid(results: Results, folders: Mapping[tuple[str, int], str]) -> Grid:
+    """Every cell with its own values: where the numbers of the main table came from.
+
+    Args:
+        results: of the comparison.
+        folders: of each label and seed, its folder as seen from the report; a cell without one is not linked.
+    """
+    rows = []
+    for setting in results.settings:
+        for index, cell in enumerate((*results.cells_of(setting.label), *results.failed_of(setting.label))):
+            failed = cell.status == "failed"
+            anchor = "" if index else cells_anchor(results, setting)
+            folder = folders.get((setting.label, cell.seed), "")
+            name = Entry(f"{setting.label}, seed {cell.seed}", "strong", folder, anchor)
+            values = [number(cell.final.get(metric.key, math.nan), metric.format) for metric in results.metrics]
+            rows.append((name, *(Entry("failed" if failed else value, "failed" if failed else "") for value in values)))
+    columns = (Column("cell", numeric=False), *(Column(metric.label) for metric in results.metrics))
+    return Grid("cells: each setting on each seed", columns, tuple(rows))
+
+
+def cells_anchor(results: Results, setting: Setting) -> str:
+    """Where the page shows a setting's cells."""
+    return f"cells-{results.settings.index(setting)}"
 
 
 def judges_grid(judges: Sequence[Judge]) -> Grid:
@@ -247,6 +241,19 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def over_seeds(results: Results, values: Sequence[float], spec: str) -> str:
+    """One value: plain per seed in a smoke run, else mean and interval; says when seeds are missing."""
+    if not values:
+        return NOTHING
+    if results.smoke:
+        return " / ".join(number(value, spec) for value in values)
+    found = mean_interval(values)
+    text = number(found.mean, spec)
+    if found.half_width is not None:
+        text += f" ± {number(found.half_width, spec.lstrip('+'))}"
+    return text if found.n == len(results.seeds) else f"{text} ({found.n} of {len(results.seeds)} seeds)"
+
+
 def _clocks(results: Results, timings: Timings | None, names: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """Header and text by setting of the timings that were measured at all; memory is not, on a CPU."""
     if timings is None:
@@ -268,24 +275,15 @@ def _metric_column(results: Results, metric: Metric) -> Column:
     return Column(f"{metric.label}{mark}", style="dim" if dim else "", note=metric.note)
 
 
-def _over_seeds(results: Results, setting: Setting, metric: Metric) -> str:
-    """One value: plain per seed in a smoke run, else mean and interval; says when seeds are missing."""
-    values = list(results.values(setting.label, metric.key).values())
-    if not values:
-        return NOTHING
-    if results.smoke:
-        return " / ".join(number(value, metric.format) for value in values)
-    interval = mean_interval(values)
-    text = number(interval.mean, metric.format)
-    if interval.half_width is not None:
-        text += f" ± {number(interval.half_width, metric.format.lstrip('+'))}"
-    return text if interval.n == len(results.seeds) else f"{text} ({interval.n} of {len(results.seeds)} seeds)"
-
-
 def _results_captions(results: Results) -> list[str]:
     captions = []
     primary = results.primary
-    if primary is not None and not results.smoke:
+    if primary is not None and results.kl_targets:
+        captions.append(
+            f"Final values, at each setting's own KL: exploratory. Primary end point: {primary.label} at "
+            f"{results.kl_targets[0]:g} nats, in the table of equal KL."
+        )
+    elif primary is not None and not results.smoke:
         captions.append(f"Primary end point: {primary.label}; every other column is exploratory.")
     if any(metric.diagnostic for metric in results.metrics):
         captions.append("† A diagnostic, not a result.")
@@ -300,38 +298,6 @@ def _results_captions(results: Results) -> list[str]:
         )
     captions += [f"{metric.label}: {metric.note.rstrip('.')}." for metric in results.metrics if metric.note]
     return captions
-
-
-def _tests_grid(family: Sequence[Comparison], metric: Metric, what: str) -> Grid:
-    rows = []
-    signed = "+" + metric.format.lstrip("+")
-    for item in family:
-        reason = f"no interval: {item.missing}"
-        margin = (
-            NOTHING
-            if item.half_width is None
-            else f"{item.difference - item.half_width:{signed}} to {item.difference + item.half_width:{signed}}"
-        )
-        texts = (
-            f"{item.left} − {item.right}",
-            number(item.difference, signed),
-            margin if not item.missing else reason,
-            number(item.p, ".3g"),
-            number(item.p_holm, ".3g"),
-            number(item.detectable, metric.format.lstrip("+")),
-            str(item.n),
-        )
-        rows.append(tuple(Entry(text) for text in texts))
-    columns = (
-        Column("difference of", numeric=False), Column("mean"), Column(f"{LEVEL:.0%} interval"), 
-        Column("p"), Column("p (Holm)"), Column("smallest detectable"), Column("seeds"),
-    )  # fmt: skip
-    captions = (
-        f"Two-sided t tests of differences paired by seed; Holm's correction over the {len(family)} tests of this table.",
-        "Intervals are uncorrected.",
-        "Smallest detectable: the true difference that one such test finds with probability 0.8 at this spread over seeds.",
-    )
-    return Grid(f"{metric.label}, {what}", columns, tuple(rows), captions)
 
 
 def _failure(cell: Cell) -> str:

@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 from scipy.stats import studentized_range
 from scipy.stats import tukey_hsd as scipy_tukey
 
-from benchmarks.zoo_statistics import compact_letters, compare, lowest_regret, reward_at, tukey_hsd
+from benchmarks.zoo_statistics import compact_letters, compare, lowest_regret, tukey_hsd
 
 
 def path(*points: tuple[float, float]) -> list[dict[str, float]]:
     return [{"kl": kl, "reward": reward, "regret": 1 - reward + kl / 2} for kl, reward in points]
-
-
-def test_reward_is_interpolated_in_the_root_of_kl() -> None:
-    """From (0, 0) to (4, 2): at KL 1 half the way in sqrt(KL), so reward 1; a quarter in KL would give 0.5."""
-    assert reward_at(path((0, 0), (4, 2)), 1.0) == pytest.approx(1.0)
-    assert reward_at(path((0, 0), (1, 0.7), (4, 2)), 1.0) == pytest.approx(0.7)
-
-
-def test_a_target_outside_of_the_path_is_not_reached() -> None:
-    assert reward_at(path((0, 0), (0.9, 1), (0.5, 1)), 1.0) is None
-
-
-def test_of_two_crossings_the_better_counts_and_a_point_below_the_target_may() -> None:
-    """Up through KL 1 at reward 1, back down through it at reward 3, and a last point inside at 2.8."""
-    there_and_back = path((0, 0), (4, 2), (4, 4), (0, 2))
-    assert reward_at(there_and_back, 1.0) == pytest.approx(3.0)
-    assert reward_at(path((0, 0), (4, 1), (0.25, 2.8)), 1.0) == pytest.approx(2.8)
-
-
-def test_more_kl_never_gives_less() -> None:
-    rng = np.random.default_rng(0)
-    wild = path((0, 0), *zip(rng.uniform(0, 3, 9), rng.uniform(0, 2, 9), strict=True), (3, 0))
-    rewards = [reward_at(wild, target) for target in np.linspace(0.1, 3, 40)]
-    assert all(value is not None for value in rewards)
-    assert all(later >= earlier for earlier, later in pairwise(rewards))
 
 
 def test_the_reference_is_no_result() -> None:

@@ -14,7 +14,7 @@ from prefopt.report.plane import plane_metric, reward_kl_plane
 from prefopt.report.plotting import looks, mean_path, points, smooth, styled, to_png
 from prefopt.report.schema import Ledger, Timings
 
-NAMES = ["reward_kl", "learning_curves", "final_values", "cost"]
+NAMES = ["forest", "reward_kl", "learning_curves", "final_values", "cost"]
 
 
 def texts_of(figure) -> list[str]:
@@ -152,6 +152,21 @@ def test_paths_are_averaged_where_every_seed_has_a_step() -> None:
     assert second == {5: (4.0, 5.0)}
     assert mean_path([first, second]) == [(3.0, 4.0)]
     assert mean_path([]) == []
+
+
+def test_a_long_legend_stays_inside_of_its_figure(make_exact) -> None:
+    results = make_exact(1)
+    names = {s.label: f"{s.label} with a long name" for s in results.settings}
+    results = replace(
+        results, settings=tuple(replace(s, label=names[s.label]) for s in results.settings),
+        cells=tuple(replace(cell, label=names[cell.label]) for cell in results.cells),
+    )  # fmt: skip
+    with styled():
+        figure = learning_curves(results)
+        to_png(figure)
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(names)
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_running_mean_shortens_at_the_ends() -> None:

@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from prefopt.report import print_summary, results_markdown, results_table, tables
+from prefopt.report import print_summary, results_markdown, results_table
 from prefopt.report.grid import Column, Entry, Grid, to_markdown
+from prefopt.report.matched_tables import paired_grids
 from prefopt.report.schema import Judge, Metric
-from prefopt.report.tables import judges_grid, ledger_grid, paired_grids, results_grid, settings_grid
+from prefopt.report.tables import judges_grid, ledger_grid, results_grid, settings_grid
 
 RANKING_WORDS = re.compile(r"\b(best|worst|better|worse|significant\w*|win|wins|winner|beats?|outperform\w*)\b", re.IGNORECASE)
 
@@ -112,8 +113,8 @@ def test_tests_table_counts_its_family(make_exact) -> None:
 
 
 def test_without_scipy_tables_say_so(make_exact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "scipy_installed", lambda: False)
-    monkeypatch.setattr("prefopt.report.statistics.scipy_installed", lambda: False)
+    for module in ("tables", "statistics", "matched_tables", "summary"):
+        monkeypatch.setattr(f"prefopt.report.{module}.scipy_installed", lambda: False)
     results = make_exact(3)
     assert "scipy is not installed" in results_grid(results).title
     assert "±" not in to_markdown(results_grid(results))
@@ -170,5 +171,5 @@ def test_summary_prints_results_tests_and_judges(make_text, make_timings) -> Non
     console = Console(file=io.StringIO(), width=200, color_system=None)
     print_summary(results, make_timings(results), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for expected in (results.title, "each setting against the reference", "tiny-rm", "note: labels are drawn once"):
+    for expected in (results.title, "each against the reference", "tiny-rm", "note: labels are drawn once"):
         assert expected in text
