@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prefopt.errors import ConfigError
@@ -18,6 +19,8 @@ from prefopt.judges.winrate import WinRate, clusters, hard, win_rate
 from prefopt.rewards.quality import MATCHED
 
 _STEPS, _TOLERANCE, _Z = 100, 1e-10, 1.959963984540054
+# An eigenvalue below this share of the largest is none: all lengths then have one ratio.
+_SINGULAR = 1e-12
 # A step on the scale of log-odds: Newton's own may leap from a flat part of the likelihood.
 _LARGEST_STEP = 2.0
 
@@ -108,19 +111,31 @@ def length_controlled(shares: Tensor, lengths: Tensor, prompts: Sequence[str] | 
 def fit_logistic(design: Tensor, shares: Tensor) -> Tensor:
     """Coefficients [k] of a logistic regression of shares [N] in [0, 1] on design [N, k] under Jeffreys' prior.
 
-    Newton's method on the modified score, sum_i (y_i - p_i + h_i (1/2 - p_i)) x_i, h the leverages (Firth 1993
-    [firth1993bias]).
+    Fisher scoring on the modified score, sum_i (y_i - p_i + h_i (1/2 - p_i)) x_i, h the leverages (Firth 1993
+    [firth1993bias]). A step is halved until the penalised likelihood does not fall: whole ones may go back and forth forever.
     """
     beta = torch.zeros(design.shape[1], dtype=torch.float64)
+    reached = _penalised(design, shares, beta)
     for _ in range(_STEPS):
         p = torch.sigmoid(design @ beta)
         inverse = torch.linalg.pinv(_information(design, p))
         leverage = p * (1 - p) * ((design @ inverse) * design).sum(-1)
         step = inverse @ (design.T @ (shares - p + leverage * (0.5 - p)))
-        beta = beta + step * (_LARGEST_STEP / step.abs().max()).clamp(max=1)
+        step = step * (_LARGEST_STEP / step.abs().max()).clamp(max=1)
+        while (value := _penalised(design, shares, beta + step)) < reached and step.abs().max() >= _TOLERANCE:
+            step = step / 2
         if step.abs().max() < _TOLERANCE:
             break
+        beta, reached = beta + step, value
     return beta
+
+
+def _penalised(design: Tensor, shares: Tensor, beta: Tensor) -> float:
+    """Log-likelihood plus half the log-determinant of the information, over the directions that the design has."""
+    scores = design @ beta
+    likelihood = (shares * F.logsigmoid(scores) + (1 - shares) * F.logsigmoid(-scores)).sum()
+    values = torch.linalg.eigvalsh(_information(design, torch.sigmoid(scores)))
+    return float(likelihood + 0.5 * values[values > _SINGULAR * values.max()].log().sum())
 
 
 def _information(design: Tensor, p: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def test_unknown_options(cli: Any) -> None:
     refused(cli("train", "dpo", "--learning-rat", 1), "dpo has no option --learning-rat", "did you mean 'learning_rate'?")
     refused(cli("train", "ipo", "--beta=1"), "peers' 'beta' is 'tau' here")
     refused(cli("train", "dpo", "--loss-type", "sigmoid"), "an algorithm is chosen by its own name")
-    refused(cli("compare", "dpo", "--tau", 1), "--set ALGO.FLAG=VALUE")
+    refused(cli("compare", "dpo", "--tau", 1), "--set ALGO.NAME=VALUE")
 
 
 def test_an_unknown_command(cli: Any) -> None:

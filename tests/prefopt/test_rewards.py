@@ -438,8 +438,9 @@ def test_a_task_of_ranked_lists_has_rewards_judges_and_pairs(
     )
     task = TextTask(options, tmp_path / "cache")
     shared = task.shared(on_policy=True)
-    judge, *members = shared.judges
-    assert [record.name for record in shared.judges] == ["judge", "PPO's reward model 1", "PPO's reward model 2"]
+    judge, *members, tfidf = shared.judges
+    assert [record.name for record in (judge, *members)] == ["judge", "PPO's reward model 1", "PPO's reward model 2"]
+    assert (tfidf.name, tfidf.accuracy) == ("tfidf", 1.0)
     assert (judge.n, judge.accuracy) == (24, 1.0)
     assert all(record.ece is not None and 0 <= record.ece < 0.5 for record in shared.judges)
     assert members[0].note.startswith(f"a reward model on {len(task.training(0).examples)} policy rows")

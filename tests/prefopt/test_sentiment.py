@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def options(folder: Path) -> Options:
     data = DataOptions(data=(f"sentiment:{folder}",), max_length=64, max_completion_length=12, pairs=48, labels="deterministic")
-    evaluation, supervised = EvaluationOptions(eval_pairs=16, eval_prompts=12), SupervisedOptions(language_epochs=0.5)
+    evaluation, supervised = EvaluationOptions(eval_pairs=16, eval_prompts=8), SupervisedOptions(language_epochs=0.5)
     return Options(data=data, evaluation=evaluation, supervised=supervised)
 
 
@@ -279,8 +279,8 @@ def test_the_reference_is_measured_in_every_column(task: SentimentTask, shared_c
     assert measured.metrics["kl"] == pytest.approx(0, abs=1e-5)
     assert measured.metrics["accuracy"] == 0.5
     assert 1 < measured.metrics["perplexity"] < 400
-    assert [row.judge for row in measured.rows] == ["gold"] * 12 + ["lexicon"] * 12
-    assert measured.metrics["score/gold"] == pytest.approx(sum(row.score for row in measured.rows[:12]) / 12, abs=1e-5)
+    assert [row.judge for row in measured.rows] == ["gold"] * 8 + ["lexicon"] * 8
+    assert measured.metrics["score/gold"] == pytest.approx(sum(row.score for row in measured.rows[:8]) / 8, abs=1e-5)
     again = task.evaluate(policy, reference, cache, None, 0)
     assert again.rows == measured.rows, "cells of a seed share their draws"
     assert task.evaluate(policy, reference, cache, None, 1).metrics["score/gold"] != measured.metrics["score/gold"]
