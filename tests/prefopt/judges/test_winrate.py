@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
-from hypothesis import example, strategies as st
+from hypothesis import strategies as st
 from torch import Tensor
 
 from prefopt.errors import ConfigError, DataError, TrainingError
