@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 
 from benchmarks.control_cells import PIQL, Run, piql_actor
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _STRIP_FRAMES = 7
 # The first episode of the evaluation, on the first seed: chosen before any was seen.
 _STRIP_SEED, _STRIP_EPISODE, _FRAME = 0, 0, 120
+_STRIP_WIDTH, _COLOURS = 4.5, 48
 
 
 def draw_curves(runs: Sequence[Run]) -> bytes:
@@ -64,7 +67,8 @@ def draw_strips(plan: Plan, labels: str, output: Path, path: Path, console: Cons
         for actor in actors.values()
     ]
     with styled():
-        figure = Figure(figsize=(8, 1.2 * len(rows)), dpi=DPI, layout="constrained", facecolor="white")
+        size = (_STRIP_WIDTH, 0.15 * _STRIP_WIDTH * len(rows))
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
         for axes, name, picture in zip(panels, actors, rows, strict=True):
@@ -72,7 +76,9 @@ def draw_strips(plan: Plan, labels: str, output: Path, path: Path, console: Cons
             axes.set_ylabel(name)
             axes.set_xticks([])
             axes.set_yticks([])
-        path.write_bytes(to_png(figure))
+        drawn = to_png(figure)
+    # Rendered scenes have few colours: a palette is a tenth of the size.
+    Image.open(io.BytesIO(drawn)).convert("RGB").quantize(_COLOURS).save(path, optimize=True)
 
 
 def _actors(folder: Path, labels: str) -> dict[str, Actor]:
