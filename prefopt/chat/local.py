@@ -14,7 +14,7 @@ from torch import Tensor
 
 from losses.ops import log1mexp
 from prefopt.chat.protocol import Conversation, Usage
-from prefopt.data.records import Example
+from prefopt.data.records import Example, Message
 from prefopt.data.rows import common_prefix
 from prefopt.errors import ConfigError
 from prefopt.generate import Decoding, generate
@@ -111,7 +111,7 @@ class LocalChat:
 
     def render(self, conversation: Conversation) -> str:
         """The text that the reply follows: by the chat template, or as plain text where there is none."""
-        said = [{**message, "content": self._harmless(message["content"])} for message in conversation]
+        said = [Message(role=turn["role"], content=self._harmless(turn["content"])) for turn in conversation]
         if self._tokenizer.chat_template:
             return str(self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
         text = "".join(f"{_NAMES[message['role']]}: {message['content']}\n\n" for message in said)

@@ -302,9 +302,7 @@ class SentimentTask:
         """Openings to be continued: "policy" to train on, "test" to evaluate on, "tuning" while numbers are chosen."""
         return self._prompts_by_role[role]
 
-    def _pairs(
-        self, model: Any, role: str, count: int, labels: LabelModel, seed: int
-    ) -> tuple[list[Example], dict[str, Text]]:
+    def _pairs(self, model: Any, role: str, count: int, labels: LabelModel, seed: int) -> tuple[list[Example], dict[str, Text]]:
         """Samples of a model on a role's prompts, labelled by the gold reward, and the prompts' texts by example id."""
         prompts = self.prompts(role)
         policy = CausalLMPolicy(copy.deepcopy(model), self._loaded[1])

@@ -238,9 +238,7 @@ class TextTask:
             )
         contest = self._contest.only(places)
         ours = [given[same_prompt(text)] for text in contest.texts]
-        wins, rows = contest.compare(
-            ours, lambda: CausalLMPolicy(*self.start()), 1.0, SAMPLING_SEED + seed, self._tokenizer
-        )
+        wins, rows = contest.compare(ours, lambda: CausalLMPolicy(*self.start()), 1.0, SAMPLING_SEED + seed, self._tokenizer)
         scores = self._panel.members[JUDGE][0](contest.texts, ours)
         length = sum(row.length for row in rows[: len(ours)]) / len(ours)
         found = {f"score/{JUDGE}": float(scores.mean()), "length": length, **wins}
