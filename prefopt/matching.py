@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from filelock import FileLock
 from rich.console import Console
 
 from prefopt.errors import ConfigError
@@ -35,12 +36,14 @@ def matched(study: Study, task: Task, output: Path, cache: Path, console: Consol
     if study.match == "labels":
         return study
     file = output / MATCH_FILE
-    known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
-    for entry in study.entries:
-        if entry.label not in known:
-            found = probe(study, entry, cache)
-            known[entry.label] = {"tokens": found.tokens, "seconds": found.seconds}
-            write_json(file, known)
+    with FileLock(output / f".{MATCH_FILE}.lock"):  # processes that share a folder must share the seconds that one measured
+        known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+        for entry in study.entries:
+            if entry.label not in known:
+                found = probe(study, entry, cache)
+                known[entry.label] = {"tokens": found.tokens, "seconds": found.seconds}
+                write_json(file, known)
+    known = {entry.label: known[entry.label] for entry in study.entries}
     first = study.entries[0]
     updates = updates_of(first.options(study.options), len(task.training(study.seeds[0]).examples))
     counts = equal_updates(known, first.label, updates, study.match)

@@ -87,8 +87,8 @@ class Entry:
         """The entry with more values, by their names.
 
         Raises:
-            ConfigError: a name that is no hyper-parameter of the algorithm and no option of reward or optimizer; a value of
-                another type.
+            ConfigError: a name that is no hyper-parameter of the algorithm and no option of reward, optimizer or budget; a
+                value of another type.
         """
         own: dict[str, Any] = {"hyper": {**self.hyper}, **{part: {**getattr(self, part)} for part in _OVERRIDES}}
         for name, value in values.items():
@@ -98,21 +98,25 @@ class Entry:
 
 
 def value_part(algorithm: str, name: str) -> str:
-    """Where a value of an entry belongs: "hyper", "reward" or "optimization".
+    """Where a value of an entry belongs: "hyper", "reward", "optimization" or "budget".
 
     Raises:
         ConfigError: nowhere, with a suggestion.
     """
     flags = algorithms.get(algorithm).flags
-    if name in flags:
-        return "hyper"
-    for part, kind in _OVERRIDES.items():
-        if name in {item.name for item in fields(kind)}:
+    # The order of rows follows the seeds of the study.
+    parts = {part: {item.name for item in fields(kind)} - {"seed"} for part, kind in _OVERRIDES.items()}
+    for part, names in {"hyper": flags.keys(), **parts}.items():
+        if name in names:
             return part
-    known = [*flags, *(item.name for kind in _OVERRIDES.values() for item in fields(kind))]
-    raise ConfigError(
-        f"{algorithm} has no option {name!r}{suggest_option(name, known)}. Its own are: {', '.join(flags) or 'none'}."
-    )
+    hint = suggest_option(name, [*flags, *(known for names in parts.values() for known in sorted(names))])
+    raise ConfigError(f"{algorithm} has no option {name!r}{hint}. Its own are: {', '.join(flags) or 'none'}.")
+
+
+def _kind(algorithm: str, name: str) -> Any:
+    """The annotation of a value. Raises as `value_part`."""
+    part = value_part(algorithm, name)
+    return algorithms.get(algorithm).flags[name].annotation if part == "hyper" else get_type_hints(_OVERRIDES[part])[name]
 
 
 def typed(algorithm: str, name: str, value: Any) -> Any:
@@ -121,8 +125,7 @@ def typed(algorithm: str, name: str, value: Any) -> Any:
     Raises:
         ConfigError: it is of another.
     """
-    part = value_part(algorithm, name)
-    kind = algorithms.get(algorithm).flags[name].annotation if part == "hyper" else get_type_hints(_OVERRIDES[part])[name]
+    kind = _kind(algorithm, name)
     try:
         return decode_value(kind, unquoted(kind, value), f"{algorithm}.{name}")
     except DataError as error:
@@ -131,9 +134,7 @@ def typed(algorithm: str, name: str, value: Any) -> Any:
 
 def takes_many(algorithm: str, name: str) -> bool:
     """Whether a list is one value of this option, and not several strengths of it."""
-    part = value_part(algorithm, name)
-    kind = algorithms.get(algorithm).flags[name].annotation if part == "hyper" else get_type_hints(_OVERRIDES[part])[name]
-    return get_origin(kind) in (tuple, list)
+    return get_origin(_kind(algorithm, name)) in (tuple, list)
 
 
 def entries_of(algorithm: str, values: Mapping[str, Any], name: str = "") -> list[Entry]:

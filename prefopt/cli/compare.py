@@ -29,6 +29,7 @@ from prefopt.machine import standard_console
 from prefopt.options import TuningOptions
 from prefopt.plan import describe
 from prefopt.study import Match, Study, assign, preset_file, presets, read_item, read_study, study_of
+from prefopt.tuning import tuning_study
 
 _COMMAND, _STUDY, TUNING = "compare", "Study", "Tuning"
 # What a study file may name besides flags.
@@ -111,8 +112,8 @@ def study_flags() -> list[Flag]:
         Flag("seeds", int, 3, "How many seeds; each trains every algorithm once. Under 3 there is no ranking.", _STUDY),
         Flag(
             "assignments", chosen, (),
-            "Numbers of one algorithm as ALGO.NAME=VALUE: hyper-parameters, learning_rate and other options of optimizer and "
-            "reward. dpo.beta=0.03,0.1,0.3 is a grid of strengths, read as one frontier.", _STUDY,
+            "Numbers of one algorithm as ALGO.NAME=VALUE: hyper-parameters, learning_rate and other options of optimizer, "
+            "budget and reward. dpo.beta=0.03,0.1,0.3 is a grid of strengths, read as one frontier.", _STUDY,
         ),
         Flag(
             "kl_targets", tuple[float, ...], (),
@@ -169,6 +170,8 @@ def _study(items: Sequence[Any], values: Mapping[str, Any]) -> Study:
     study = study_of({**plain, _ALGORITHMS: assign(items, values.get("assignments", ()))}, preset=values.get("preset", ""))
     for setting in study.settings():
         check_values(setting)
+    if study.tuning.trials:
+        tuning_study(study)  # a space that makes no sense is found before anything is trained
     return study
 
 
@@ -182,6 +185,8 @@ def _run(study: Study, values: Mapping[str, Any]) -> None:
     """Runs or describes the study."""
     console = standard_console()
     keep, workers = values.get("save_policies", False), values.get("workers")
+    if values.get("probe") and not values.get("dry_run"):
+        raise ConfigError("--probe times a few updates for --dry-run; alone it does nothing: add --dry-run, or leave it out.")
     if values.get("dry_run"):
         describe(study, console, probe=values.get("probe", False), save_policies=keep, workers=workers or 1)
         return

@@ -52,6 +52,10 @@ def run(cell: Path, output: Path | None = None) -> int:
     """
     console = standard_console()
     config = _read(cell / CONFIG_FILE)
+    if "entry" not in config:
+        raise DataError(
+            f"{cell / CONFIG_FILE}: written by an earlier version, which did not keep all that a cell follows from."
+        )
     entry = decode(Entry, config["entry"], str(cell / CONFIG_FILE))
     study = Study([entry], (config["seed"],), options_of(config, str(cell / CONFIG_FILE)), tuple(config["imports"]))
     output = output or cell.resolve().parent.parent.with_name(f"{cell.resolve().parent.parent.name}-rerun")

@@ -46,7 +46,8 @@ def _run(study: Study, values: Mapping[str, Any]) -> None:
     path = output / TUNED_FILE
     path.write_text(_as_yaml(found), encoding="utf-8")
     console.print(
-        f"{path}: a study file with these numbers. `prefopt compare` on the same study and folder takes them over.",
+        f"{path}: a study file with these numbers. `prefopt compare --trials {study.tuning.trials}` on the same study and "
+        "folder takes them over.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -197,6 +197,24 @@ def test_a_dry_run_trains_nothing(cli: Any, tmp_path: Path, monkeypatch: pytest.
     assert done.code == 0
     assert "8 cells" in done.out
     assert not (tmp_path / "study").exists()
+    for flags, message in (
+        (("--probe",), "add --dry-run"), (("--trials", 2, "--space", "dpo.beta=1:0.1", "--dry-run"), "0 < LOW < HIGH"),
+    ):  # fmt: skip
+        refused = cli("compare", "dpo", *flags, "--output-dir", tmp_path / "study")
+        assert refused.code == 2
+        assert message in refused.err
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_study_file_may_stand_where_algorithms_do(cli: Any, tmp_path: Path) -> None:
+    """With a grid of strengths, named seeds and tuning; flags win."""
+    file = tmp_path / "study.yaml"
+    file.write_text("algorithms: [{dpo: {beta: [0.1, 0.3]}}, ipo]\nseeds: [4, 7]\nkl_targets: [1]\ntrials: 2\n")
+    shown = cli("compare", file, "--dry-run")
+    assert shown.code == 0, shown.err
+    assert "10 cells on exact, 4 of them trials of tuning" in shown.flat
+    assert "4, 7" in shown.flat
+    assert "7 cells on exact" in cli("compare", file, "--seeds", 1, "--dry-run").flat
 
 
 def test_a_config_file_stands_in_for_flags_that_are_not_given(cli: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from prefopt.errors import ConfigError
 from prefopt.optimization import Optimization
 from prefopt.options import Options, build_options, options_of
 from prefopt.study import Entry, Study, assign, entries_of, presets, study_of
+from prefopt.tuning import tuning_study
 
 
 def test_a_list_of_values_is_a_grid_of_strengths() -> None:
@@ -73,9 +75,22 @@ space: ["dpo.label_smoothing=0,0.1"]
     assert Study.load(file, seeds=2).seeds == (0, 1)
 
 
+def test_the_study_of_the_readme_is_one(tmp_path: Path) -> None:
+    """Every line of it, its tuning included."""
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(question:.*?)```", readme, re.DOTALL)
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    study = Study.load(file)
+    assert len(study.settings()) == 6
+    assert len(tuning_study(study).entries) == 2 * study.tuning.trials
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a study has no 'seed'.*did you mean 'seeds'"):
         study_of({"algorithms": ["dpo"], "seed": 3})
+    with pytest.raises(ConfigError, match="dpo has no option 'seed'"):
+        study_of({"algorithms": [{"dpo": {"seed": 1}}]})
     with pytest.raises(ConfigError, match="kl_targets must be different positive"):
         study_of({"algorithms": ["dpo"], "kl_targets": [1, 1]})
     with pytest.raises(ConfigError, match="expected a name, or"):
