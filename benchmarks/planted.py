@@ -19,7 +19,7 @@ def dpo_with_a_slip_loss(
     reference_rejected_logps: Tensor,  # [P]
     *,
     beta: float = 0.1,
-    slip: float = 0.05,
+    slip: float = 0.1,
 ) -> LossOutput:
     """L = -log sigma(beta (h_w - h_l)) + slip * log pi(y_w), h = log pi/ref.
 
