@@ -1,8 +1,11 @@
 """Reference log-probs per token, computed once per content: weights, token ids and dtype.
 
-The key holds nothing of algorithm, strength, seed or batching, so every run on the same reference shares the entries.
-On disk they stand in shards that are mapped into memory, named by the sha256 of their content and of the reference that made
-them: a shard that was damaged, cut or copied from another reference does not verify, and its rows are computed again.
+A pass over rows is made in parts, one forward pass each. Which rows make a part follows from the set of rows alone, and a part
+is kept under the names of all its rows, because a row's last bits depend on what is computed beside it. So a run reads the
+same numbers whether it computed them itself, a run beside it did, or an earlier one. The names hold nothing of algorithm,
+strength, seed or order: all runs on the same rows and the same reference share the parts.
+On disk parts stand in shards that are mapped into memory, named by the sha256 of their content and of the reference that made
+them: a shard that was damaged, cut or copied from another reference does not verify, and its parts are computed again.
 """
 
 from __future__ import annotations
@@ -39,10 +42,8 @@ except ImportError:  # no such locks on this system: processes side by side may 
 # What an interrupted pass may lose, and what it holds outside of shards: half a minute of work, 4 MB of float32.
 STORE_SECONDS = 30.0
 STORE_VALUES = 1 << 20
-# A pass of more parts than this is shared out between processes, in as many sections.
+# Processes that make the same pass at the same time share its parts out in this many sections.
 SECTIONS = 16
-# The place of a row that is computed, but not yet in a shard.
-_FRESH = -2
 
 
 class ReferenceCache:
@@ -71,9 +72,12 @@ class ReferenceCache:
         self._reference = reference
         self._budget = micro_batch_tokens
         self._on_progress = on_progress
-        self._index = Index()
-        self._fresh: dict[bytes, Tensor] = {}  # computed, not yet in a shard: bounded by STORE_VALUES
-        self._fresh_values = 0
+        self._parts = Index()  # every part that is in a shard
+        self._rows = Index()  # every row that this object was asked for and that is in a shard
+        self._waiting: list[_Part] = []  # asked for, their rows in `_fresh` until the next `store`
+        self._fresh: dict[bytes, Tensor] = {}
+        self._unstored: dict[bytes, Tensor] = {}  # computed parts that are in no shard yet: bounded by STORE_VALUES
+        self._unstored_values = 0
         self._stored_at = time.monotonic()
         self._asked: set[bytes] = set()
         # What this object computed depends on what others left on disk; what it was asked for does not.
@@ -89,29 +93,28 @@ class ReferenceCache:
         """[length] float32 (or wider) log-probs of every completion, in row order: example 0's completions first.
 
         Args:
-            examples: what is not known of them is computed.
+            examples: those that were not asked for before make a pass of their own.
             store: False leaves what was computed in memory until there is more of it, or until `store` is called: for many
                 small calls.
         """
         keys = [completion_keys(example) for example in examples]
         self._count(examples, keys)
         flat = [key for own in keys for key in own]
-        places = self._places(flat)
-        if (places == UNKNOWN).any():
+        if self._unknown(flat).any():
             if store:
                 self.prepare(examples)
             else:
-                self._compute(examples, self._missing(examples, range(len(examples))))
-            places = self._places(flat)
+                self._ask(examples)
+        places = self._rows.find(flat)
         return [
-            self._fresh[key] if place == _FRESH else self._index.values(int(place))
+            self._fresh[key] if place == UNKNOWN else self._rows.values(int(place))
             for key, place in zip(flat, places, strict=True)
         ]
 
     def prepare(self, examples: Sequence[Example], indices: Sequence[int] | None = None) -> None:
         """Computes what is missing ahead of training and stores it as it goes: a process that is killed has lost
-        `STORE_SECONDS` of work, one that stops by an error or an interrupt nothing. Processes that need the same rows at
-        the same time share the work.
+        `STORE_SECONDS` of work, one that stops by an error or an interrupt nothing. Processes that make the same pass at the
+        same time share the work.
 
         Args:
             examples: read one by one, so that a lazy sequence is never in memory as a whole.
@@ -120,33 +123,28 @@ class ReferenceCache:
         Raises:
             OutputError: the disk is full, or the folder cannot be written.
         """
-        missing = self._missing(examples, range(len(examples)) if indices is None else indices)
-        if not len(missing):
-            return
-        shared_out = int(missing.sizes.sum()) > SECTIONS * self._budget
-        sections = missing.sections if shared_out else np.zeros_like(missing.sections)
-        done, waiting = 0, sorted(set(sections.tolist()))
+        parts = self._split(examples, range(len(examples)) if indices is None else indices)
+        missing = [part for part in parts if not self._known(part)]
+        done, total = 0, sum(len(part.indices) for part in missing)
+        waiting = list(dict.fromkeys(part.section for part in missing))
         for wait in (False, True):  # sections that another process works on come last, and are mostly there by then
             taken = []
-            for number in waiting:
-                with self._claim(f"{number}of{SECTIONS}" if shared_out else "all", wait=wait) as mine:
+            for section in waiting:
+                with self._claim(f"{section}of{SECTIONS}", wait=wait) as mine:
                     if not mine:
-                        taken.append(number)
+                        taken.append(section)
                         continue
-                    own = missing.indices[sections == number]
                     self._load()
-                    left = self._missing(examples, own)
-                    if len(left) < len(own):  # others have stored some meanwhile
-                        done += len(own) - len(left)
-                        self._tell(done, len(missing))
-                    self._compute(examples, left, done, len(missing))
-                    done += len(left)
+                    try:
+                        for part in (part for part in missing if part.section == section):
+                            self._compute(part, examples)
+                            done += len(part.indices)
+                            self._tell(done, total)
+                            self._store_if_due()
+                    finally:
+                        self.store()
             waiting = taken
-
-    def count(self, examples: Iterable[Example]) -> None:
-        """Counts examples as asked for without computing them: those of the steps before a resumed one."""
-        for example in examples:
-            self._count([example], [completion_keys(example)])
+        self._adopt(parts)
 
     def store(self) -> None:
         """Moves what was computed into a shard.
@@ -155,18 +153,19 @@ class ReferenceCache:
             OutputError: the disk is full, or the folder cannot be written.
         """
         self._stored_at = time.monotonic()
-        if not self._fresh:
-            return
-        keys = np.frombuffer(b"".join(self._fresh), dtype=np.uint8).reshape(-1, 32)
-        lengths = np.array([len(row) for row in self._fresh.values()], dtype=np.int64)
-        shard = Shard(keys, lengths, torch.cat(list(self._fresh.values())))
-        if self._folder is not None:
-            path = self._folder / f"{shard.digest(self._identity)}.safetensors"
-            write_shard(shard, path)
-            self._seen.add(path.name)
-            shard = read_shard(path)  # from here on the file's pages hold the values, not this process
-        self._index.add([shard])
-        self._fresh, self._fresh_values = {}, 0
+        if self._unstored:
+            keys = np.frombuffer(b"".join(self._unstored), dtype=np.uint8).reshape(-1, 32)
+            lengths = np.array([len(values) for values in self._unstored.values()], dtype=np.int64)
+            shard = Shard(keys, lengths, torch.cat(list(self._unstored.values())))
+            if self._folder is not None:
+                path = self._folder / f"{shard.digest(self._identity)}.safetensors"
+                write_shard(shard, path)
+                self._seen.add(path.name)
+                shard = read_shard(path)  # from here on the file's pages hold the values, not this process
+            self._parts.add([shard])
+            self._unstored, self._unstored_values = {}, 0
+        self._adopt(self._waiting)
+        self._waiting, self._fresh = [], {}
 
     def _count(self, examples: Sequence[Example], keys: Sequence[Sequence[bytes]]) -> None:
         for example, own in zip(examples, keys, strict=True):
@@ -175,52 +174,68 @@ class ReferenceCache:
                 self._asked.add(name)
                 self.asked_tokens += example.tokens
 
-    def _places(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Where each key's row stands: a number of the index, `_FRESH` or `UNKNOWN`."""
-        found = self._index.find(keys)
+    def _unknown(self, keys: Sequence[bytes]) -> np.ndarray:
+        """[n] whether a row was never asked for."""
+        unknown: np.ndarray = self._rows.find(keys) == UNKNOWN
         if self._fresh:
-            for i in np.flatnonzero(found == UNKNOWN).tolist():
-                if keys[i] in self._fresh:
-                    found[i] = _FRESH
-        return found
+            for i in np.flatnonzero(unknown).tolist():
+                unknown[i] = keys[i] not in self._fresh
+        return unknown
 
-    def _missing(self, examples: Sequence[Example], indices: Iterable[int]) -> _Missing:
-        """Those of which a row is not known, equal ones once; all are counted as asked for."""
-        found: dict[bytes, tuple[int, int]] = {}
+    def _split(self, examples: Sequence[Example], indices: Iterable[int]) -> list[_Part]:
+        """A pass over those with a row that was never asked for, equal ones once, as parts; all are counted as asked for.
+
+        Longest first: similar groups share an attention call, and if memory does not suffice, that shows at once. Of equal
+        lengths by content: the order in which rows are asked for changes nothing.
+        """
+        found: dict[bytes, _Wanted] = {}
         left = iter(indices)
         while chunk := list(islice(left, 1024)):
-            part = [examples[int(i)] for i in chunk]
-            keys = [completion_keys(example) for example in part]
-            self._count(part, keys)
-            unknown = iter(self._places([key for own in keys for key in own]) == UNKNOWN)
-            for index, example, own in zip(chunk, part, keys, strict=True):
-                if any(list(islice(unknown, len(own)))):
-                    found.setdefault(_example_key(own), (int(index), example.tokens))
-        table = np.array(list(found.values()), dtype=np.int64).reshape(-1, 2)
-        return _Missing(table[:, 0], table[:, 1], np.array([key[0] % SECTIONS for key in found], dtype=np.int64))
+            own = [examples[int(i)] for i in chunk]
+            keys = [completion_keys(example) for example in own]
+            self._count(own, keys)
+            unknown = iter(self._unknown([key for rows in keys for key in rows]).tolist())
+            for index, example, rows in zip(chunk, own, keys, strict=True):
+                if any(list(islice(unknown, len(rows)))):
+                    lengths = [len(ids) for ids in example.completion_ids]
+                    found.setdefault(_example_key(rows), _Wanted(int(index), example.tokens, b"".join(rows), lengths))
+        order = sorted(found.items(), key=lambda item: (-item[1].tokens, item[0]))
+        return [_Part.of(order[piece]) for piece in _pieces([wanted.tokens for _, wanted in order], self._budget)]
 
-    def _compute(self, examples: Sequence[Example], missing: _Missing, done: int | None = None, total: int = 0) -> None:
-        """Without `done`, leaves the last entries unstored and reports no progress."""
-        # Sorted by length: similar groups share an attention call. The longest come first: if memory does not suffice, that
-        # shows at once.
-        order = np.argsort(-missing.sizes, kind="stable")
-        try:
-            for part in _parts(missing.sizes[order], self._budget):
-                chosen = [examples[int(i)] for i in missing.indices[order[part]]]
-                rows = self._reference.token_logps(pack(chosen, roles=flat_roles)).cpu()
-                keys = [key for example in chosen for key in completion_keys(example)]
-                lengths = [len(ids) for example in chosen for ids in example.completion_ids]
-                self._fresh.update({k: row[:n].clone() for k, row, n in zip(keys, rows, lengths, strict=True)})
-                self._fresh_values += sum(lengths)
-                self.computed_tokens += sum(example.tokens for example in chosen)
-                if done is not None:
-                    done += len(chosen)
-                    self._tell(done, total)
-                if self._fresh_values >= STORE_VALUES or time.monotonic() - self._stored_at >= STORE_SECONDS:
-                    self.store()
-        finally:
-            if done is not None:
-                self.store()
+    def _ask(self, examples: Sequence[Example]) -> None:
+        """Makes rows known, without storing them at once."""
+        for part in self._split(examples, range(len(examples))):
+            self._compute(part, examples)
+            self._waiting.append(part)
+            values = self._unstored[part.key] if part.key in self._unstored else self._stored(part)
+            rows = values.split(part.lengths.tolist())
+            self._fresh.update({key.tobytes(): row for key, row in zip(part.row_keys, rows, strict=True)})
+        self._store_if_due()
+
+    def _adopt(self, parts: Sequence[_Part]) -> None:
+        """Makes the rows of parts that are in shards known."""
+        self._rows.add([Shard(part.row_keys, part.lengths, self._stored(part)) for part in parts])
+
+    def _known(self, part: _Part) -> bool:
+        return part.key in self._unstored or bool(self._parts.find([part.key])[0] != UNKNOWN)
+
+    def _stored(self, part: _Part) -> Tensor:
+        return self._parts.values(int(self._parts.find([part.key])[0]))
+
+    def _compute(self, part: _Part, examples: Sequence[Example]) -> None:
+        """Nothing, where the part is known."""
+        if self._known(part):
+            return
+        chosen = [examples[int(i)] for i in part.indices]
+        rows = self._reference.token_logps(pack(chosen, roles=flat_roles)).cpu()
+        values = torch.cat([row[:length] for row, length in zip(rows, part.lengths.tolist(), strict=True)])
+        self._unstored[part.key] = values
+        self._unstored_values += len(values)
+        self.computed_tokens += sum(example.tokens for example in chosen)
+
+    def _store_if_due(self) -> None:
+        if self._unstored_values >= STORE_VALUES or time.monotonic() - self._stored_at >= STORE_SECONDS:
+            self.store()
 
     def _tell(self, done: int, total: int) -> None:
         if self._on_progress is not None:
@@ -267,12 +282,12 @@ class ReferenceCache:
                     os.replace(path, path.with_suffix(".damaged"))
                 warnings.warn(
                     f"{path}: a damaged part of the cache of reference log-probs, or one of another reference ({error}); "
-                    "set aside, its rows are computed again.",
+                    "set aside, what it held is computed again.",
                     stacklevel=2,
                 )
                 continue
             shards.append(shard)
-        self._index.add(shards)
+        self._parts.add(shards)
 
 
 class StartReference(FrozenReference):
@@ -338,21 +353,52 @@ def _example_key(keys: Sequence[bytes]) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Missing:
-    """[n] index in the sequence, packed tokens and section of examples that are to be computed."""
+class _Wanted:
+    """An example that is to be computed: where it stands, its packed tokens, and its rows' keys and lengths."""
 
+    index: int
+    tokens: int
+    row_keys: bytes
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Examples that are computed in one forward pass.
+
+    Args:
+        key: sha256 of what the examples are, in their order.
+        indices: [n] of the examples in the sequence that was asked for.
+        row_keys: [rows, 32] uint8.
+        lengths: [rows] scored tokens.
+    """
+
+    key: bytes
     indices: np.ndarray
-    sizes: np.ndarray
-    sections: np.ndarray
+    row_keys: np.ndarray
+    lengths: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    @classmethod
+    def of(cls, members: Sequence[tuple[bytes, _Wanted]]) -> _Part:
+        """From example keys and what is wanted of them."""
+        wanted = [own for _, own in members]
+        return cls(
+            hashlib.sha256(b"".join(key for key, _ in members)).digest(),
+            np.array([own.index for own in wanted], dtype=np.int64),
+            np.frombuffer(b"".join(own.row_keys for own in wanted), dtype=np.uint8).reshape(-1, 32),
+            np.array([length for own in wanted for length in own.lengths], dtype=np.int64),
+        )
+
+    @property
+    def section(self) -> int:
+        """Which of `SECTIONS` it belongs to."""
+        return self.key[0] % SECTIONS
 
 
-def _parts(sizes: np.ndarray, budget: int) -> Iterator[slice]:
-    """Consecutive items of at most `budget` tokens together; a larger one is a part of its own."""
+def _pieces(sizes: Sequence[int], budget: int) -> Iterator[slice]:
+    """Consecutive items of at most `budget` tokens together; a larger one is a piece of its own."""
     begin, used = 0, 0
-    for i, size in enumerate(sizes.tolist()):
+    for i, size in enumerate(sizes):
         if i > begin and used + size > budget:
             yield slice(begin, i)
             begin, used = i, 0

@@ -163,11 +163,9 @@ class OfflineStream:
         return self._budget.steps(len(self._examples))
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        size = self._budget.batch_size
         try:
             while self._step < self.total_steps:
-                begin = self._step * size
-                examples = [self._examples[self._row(position)] for position in range(begin, begin + size)]
+                examples = self._rows_of(self._step)
                 self._step += 1
                 if self._reference is not None and self._in_loop:
                     self._reference.rows(examples, store=False)  # the whole step's at once, in parts sorted by length
@@ -175,6 +173,10 @@ class OfflineStream:
         finally:
             if self._reference is not None and self._in_loop:
                 self._reference.store()
+
+    def _rows_of(self, step: int) -> list[Example]:
+        begin = step * self._budget.batch_size
+        return [self._examples[self._row(position)] for position in range(begin, begin + self._budget.batch_size)]
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self._examples))
@@ -204,8 +206,10 @@ class OfflineStream:
 
     def load_state_dict(self, state: Any) -> None:
         self._step = state["step"]
-        if self._reference is not None and self._in_loop:  # the run's cost is that of all its steps
-            self._reference.count(self._examples[row] for row in self._rows_until(self._step))
+        if self._reference is not None and self._in_loop:
+            # Asked for step by step as before, the rows have the same numbers as in a run that was never stopped.
+            for step in range(self._step):
+                self._reference.rows(self._rows_of(step), store=False)
 
 
 def build_batch(
