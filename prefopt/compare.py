@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock
 from rich.console import Console
 
@@ -29,7 +30,17 @@ from prefopt.jobs import CELLS_FOLDER, Job, run_all
 from prefopt.matching import matched
 from prefopt.options import default_cache
 from prefopt.report import print_summary, save_results, save_timings, write_report
-from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, SCHEMA_VERSION, Cell, Results, Setting, Timings, Tuning
+from prefopt.report.schema import (
+    PER_PAIR_FILE,
+    PER_PROMPT_FILE,
+    REPEAT_FILE,
+    SCHEMA_VERSION,
+    Cell,
+    Results,
+    Setting,
+    Timings,
+    Tuning,
+)
 from prefopt.study import Study
 from prefopt.tasks import Shared, Task, build_task, prepare_process
 from prefopt.tuning import chosen, tuned, tuning_study
@@ -190,6 +201,7 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
                 if path.name != _LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(marker, own)
+        (output / REPEAT_FILE).write_text(yaml.safe_dump(study.values(), sort_keys=False), encoding="utf-8")
 
 
 def identity(study: Study) -> dict[str, Any]:
@@ -229,7 +241,7 @@ def collect(
         preset=study.preset,
         created=datetime.now(UTC).strftime("%Y-%m-%d"),
         environment=environment(),
-        command=command_line(),
+        command=command_line(f"prefopt compare {REPEAT_FILE} --output-dir again"),
         train=study.options.as_dict(),
         data=task.training(study.seeds[0]).report.as_dict(),
         reference=dict(shared.reference),
@@ -258,8 +270,12 @@ def _matching_note(study: Study) -> list[str]:
 _PLACING = ("--shard", "--workers")
 
 
-def command_line() -> str:
-    """The command line without what is of one process alone, so that all who share a study write the same."""
+def command_line(otherwise: str) -> str:
+    """The command line without what is of one process alone, so that all who share a study write the same; `otherwise` where
+    the program is another one that uses prefopt."""
+    program = Path(sys.argv[0])
+    if program.name != "prefopt" and (program.parent.name, program.name) != ("prefopt", "__main__.py"):
+        return otherwise
     kept, skip = [], False
     for word in sys.argv[1:]:
         if not skip and word.split("=")[0] not in _PLACING:

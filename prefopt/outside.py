@@ -128,7 +128,7 @@ def evaluate_outsiders(
         cells=tuple(cells),
         created=datetime.now(UTC).strftime("%Y-%m-%d"),
         environment=environment(),
-        command=command_line(),
+        command=command_line(""),
         train=options.as_dict(),
         data=task.training(0).report.as_dict(),
         reference=dict(shared.reference),

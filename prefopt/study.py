@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -216,6 +217,20 @@ class Study:
         """
         file = preset_file(str(path)) if str(path) in presets() else Path(path)
         return study_of({**read_study(file), **changes}, preset=str(path) if file.parent == PRESETS else "")
+
+    def values(self) -> dict[str, Any]:
+        """What a file would say, every default included: `study_of` gives the study back, but for preset and notes."""
+        options = self.options.as_dict()
+        own = {name: value for part in options.values() for name, value in part.items()} | asdict(self.tuning)
+        own["algorithms"] = [
+            {entry.algorithm: {**entry.values, "as": entry.label, **({"group": entry.group} if entry.group else {})}}
+            for entry in self.entries
+        ]
+        own |= {name: getattr(self, name) for name in ("title", "question", "match")}
+        own |= {name: [*getattr(self, name)] for name in ("seeds", "kl_targets")} | {"imports": [*map(str, self.imports)]}
+        own.pop("seed")  # of the order of rows, which follows the study's seeds
+        plain: dict[str, Any] = json.loads(json.dumps(own))
+        return plain
 
     def run(self, output: str | Path, **how: Any) -> Results:
         """Runs what is not finished yet and writes the report: `prefopt.compare.compare`, whose arguments it takes."""

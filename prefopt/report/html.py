@@ -18,6 +18,7 @@ from prefopt.report.matched_tables import matched_grid, paired_grids
 from prefopt.report.pairs import MARGINS, SIDES, PairTable, pair_grids, pair_table
 from prefopt.report.schema import (
     MINIMUM_SEEDS,
+    REPEAT_FILE,
     Results,
     Timings,
     load_pair_rows,
@@ -66,7 +67,8 @@ def write_report(folder: Path) -> Path:
     pairs = pair_table(load_pair_rows(folder), [setting.label for setting in results.settings])
     pictures = draw_all(results, timings, pairs)
     grids = report_grids(results, timings, prompts, cell_folders(folder), pairs)
-    page = render_report(results, pictures, grids, max((item.prompts for item in prompts), default=0))
+    repeat = REPEAT_FILE if (folder / REPEAT_FILE).is_file() else ""
+    page = render_report(results, pictures, grids, max((item.prompts for item in prompts), default=0), repeat)
     report = folder / REPORT_FILE
     try:
         write_figures(pictures, folder)
@@ -107,8 +109,16 @@ def report_grids(
     }
 
 
-def render_report(results: Results, pictures: tuple[Picture, ...], grids: Mapping[str, Grid], test_prompts: int = 0) -> str:
-    """The page as text. Everything that comes from the results is escaped."""
+def render_report(
+    results: Results, pictures: tuple[Picture, ...], grids: Mapping[str, Grid], test_prompts: int = 0, repeat: str = ""
+) -> str:
+    """The page as text. Everything that comes from the results is escaped.
+
+    Args:
+        results, pictures, grids: what it shows.
+        test_prompts: distinct ones, where per-prompt results are at hand.
+        repeat: the file beside the page that repeats the study.
+    """
     environment = Environment(
         loader=PackageLoader("prefopt.report", "templates"),
         autoescape=True,
@@ -123,6 +133,7 @@ def render_report(results: Results, pictures: tuple[Picture, ...], grids: Mappin
         results=results,
         heading=heading(results),
         answer=answer(results),
+        repeat=repeat,
         facts=facts(results, test_prompts),
         seeds_line=seeds_line(results),
         tuning_line=tuning_line(results),

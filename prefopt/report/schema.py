@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 RESULTS_FILE, TIMINGS_FILE = "results.json", "timings.json"
+REPEAT_FILE = "study.yaml"
+"""The whole study, every default included, as a file that `prefopt compare` reads."""
 PER_PROMPT_FILE, PER_PAIR_FILE = "per_prompt.jsonl", "per_pair.jsonl"
 MINIMUM_SEEDS = 3
 """Under this many seeds there are no intervals over seeds, no tests and no ranking words (protocol, rule 6)."""

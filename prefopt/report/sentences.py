@@ -32,11 +32,18 @@ def in_words(pair: Comparison, *, interest: float | None = None) -> str:
 
 
 def needed_in_words(pair: Comparison, interest: float | None = None) -> str:
-    """How many seeds a difference would need at this spread, by the strictest of Holm's tests (level 0.05 / tests)."""
-    difference = abs(pair.difference if interest is None else interest)
-    count = seeds_needed(pair.deviation or 0.0, difference, level=1 - SIGNIFICANT / pair.tests)
+    """How many seeds a difference would need at this spread."""
+    count = seeds_wanted(pair, interest)
     seeds = f"more than {MOST_SEEDS}" if count is None else str(count)
+    difference = abs(pair.difference if interest is None else interest)
     return f"{seeds} seeds would be needed for a difference of {format(difference, unsigned(pair))}"
+
+
+def seeds_wanted(pair: Comparison, interest: float | None = None) -> int | None:
+    """Seeds that find a difference at this spread by the strictest of Holm's tests (level 0.05 / tests); None for more than
+    `MOST_SEEDS`."""
+    difference = abs(pair.difference if interest is None else interest)
+    return seeds_needed(pair.deviation or 0.0, difference, level=1 - SIGNIFICANT / pair.tests)
 
 
 def interval(pair: Comparison) -> str:

@@ -12,9 +12,9 @@ from prefopt.report.grid import to_rich
 from prefopt.report.health import health_grid
 from prefopt.report.matched import Endpoint, endpoint
 from prefopt.report.matched_tables import matched_grid, paired_grids
-from prefopt.report.power import LEVEL
+from prefopt.report.power import LEVEL, MOST_SEEDS
 from prefopt.report.schema import MINIMUM_SEEDS, Results, Timings
-from prefopt.report.sentences import interval, needed_in_words, signed, unsigned
+from prefopt.report.sentences import interval, needed_in_words, seeds_wanted, signed, unsigned
 from prefopt.report.statistics import NO_SCIPY, Comparison, mean_interval, scipy_installed
 from prefopt.report.tables import JUDGE_FLOOR, judge_of, judges_grid, number, results_grid, tuning_line, weak
 
@@ -94,7 +94,7 @@ def _order(end: Endpoint) -> str:
     if apart:
         text += f" and is told apart from {_listed([pair.right for pair in apart])} ({_gaps(apart)})"
     if close:
-        text += f"; it cannot be told apart from {_listed([_close(pair) for pair in close])}"
+        text += f"; it cannot be told apart from {_close(close)}"
     return text + "."
 
 
@@ -102,15 +102,28 @@ def _gaps(pairs: Sequence[Comparison]) -> str:
     """How far pairs are apart, and how sure that is."""
     gaps = sorted(abs(pair.difference) for pair in pairs)
     span = format(gaps[0], unsigned(pairs[0])) + (f" to {gaps[-1]:{unsigned(pairs[0])}}" if len(gaps) > 1 else "")
-    return f"by {span}, p {'=' if len(pairs) == 1 else 'at most'} {max(pair.p_holm or 0.0 for pair in pairs):.2g}"
+    holm = f" after Holm's correction over {pairs[0].tests} tests" if pairs[0].tests > 1 else ""
+    return f"by {span}, p {'=' if len(pairs) == 1 else 'at most'} {max(pair.p_holm or 0.0 for pair in pairs):.2g}{holm}"
 
 
-def _close(pair: Comparison) -> str:
-    """A name with what is known about its difference to the top."""
-    if pair.half_width is None:
-        return f"{pair.right} ({pair.missing})"
-    facts = f"difference {signed(pair, pair.difference)}, {LEVEL:.0%} interval {interval(pair)}"
-    return f"{pair.right} ({facts}; {needed_in_words(pair)})"
+def _close(pairs: Sequence[Comparison]) -> str:
+    """Names with what is known about their differences to the top. Each pair by itself stands in the table of tests."""
+    names = _listed([pair.right if pair.half_width is not None else f"{pair.right} ({pair.missing})" for pair in pairs])
+    tested = [pair for pair in pairs if pair.half_width is not None]
+    if len(tested) == 1:
+        pair = tested[0]
+        facts = f"difference {signed(pair, pair.difference)}, {LEVEL:.0%} interval {interval(pair)}"
+        return f"{names} ({facts}; {needed_in_words(pair)})"
+    if not tested:
+        return names
+    gaps = sorted(abs(pair.difference) for pair in tested)
+    spec = unsigned(tested[0])
+    counts = [seeds_wanted(pair) for pair in tested]
+    known = sorted(count for count in counts if count is not None)
+    span = "" if not known else f"{known[0]} to {known[-1]}" if known[0] != known[-1] else f"{known[0]}"
+    more = f"more than {MOST_SEEDS}" if len(known) < len(counts) else ""
+    seeds = " or ".join(filter(None, (span, more)))
+    return f"{names}: differences of {gaps[0]:{spec}} to {gaps[-1]:{spec}}, which {seeds} seeds would be needed to tell apart"
 
 
 def _reference(end: Endpoint) -> str:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from prefopt.errors import ConfigError
 from prefopt.optimization import Optimization
@@ -119,3 +120,32 @@ def test_options_survive_a_file() -> None:
 def test_entries_take_more_values() -> None:
     entry = Entry("dpo", {"beta": 0.1}).changed({"beta": 0.2, "weight_decay": 0.01})
     assert (entry.hyper, entry.optimization) == ({"beta": 0.2}, {"weight_decay": 0.01})
+
+
+def test_a_study_repeats_from_its_own_file(tmp_path: Path) -> None:
+    """Grids, groups, names, overrides, tuning and options all survive the file that stands beside the report."""
+    study = study_of(
+        {
+            "algorithms": [
+                {"dpo": {"beta": [0.1, 0.3], "as": "mine"}},
+                {"ppo": {"reward": "true", "learning_rate": 1e-4, "kl_coef": 0.2}},
+                "dpo:1.0+sft:0.2",
+            ],
+            "seeds": [3, 5],
+            "kl_targets": [0.5],
+            "trials": 4,
+            "vary": ["order"],
+            "data": ["exact"],
+            "title": "A title: with a colon",
+            "question": "Is it?",
+            "eval_rows": "tuning",
+            "epochs": 2.5,
+        }
+    )
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study.values(), sort_keys=False))
+    again = Study.load(file)
+    assert again.settings() == study.settings()
+    assert [(e.label, e.group, e.values) for e in again.entries] == [(e.label, e.group, e.values) for e in study.entries]
+    for name in ("seeds", "options", "kl_targets", "tuning", "title", "question", "match"):
+        assert getattr(again, name) == getattr(study, name), name

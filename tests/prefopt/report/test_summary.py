@@ -40,9 +40,20 @@ def test_answer_names_the_highest_and_those_it_is_told_apart_from(make_exact) ->
         "At the end of training, ppo has the highest hidden reward (0.910 ± 0.025) and is told apart from dpo"
     )
     assert (
-        f"from dpo (by 0.410, p = {pair.p_holm:.2g}); it cannot be told apart from kto (difference +0.003, 95% interval" in text
+        f"from dpo (by 0.410, p = {pair.p_holm:.2g} after Holm's correction over 3 tests); it cannot be told apart from kto "
+        "(difference +0.003, 95% interval" in text
     )
     assert "Against the reference (0.110): all are above it." in text
+
+
+def test_the_answer_stays_one_sentence_however_many_cannot_be_told_apart(make_exact) -> None:
+    values = {"dpo": [0.1, 0.11, 0.09], "ppo": [0.9, 0.91, 0.92], "kto": [0.93, 0.89, 0.88], "ipo": [0.91, 0.9, 0.914]}
+    text = answer(with_values(make_exact(3), values))
+    assert re.search(
+        r"ppo has the highest .* told apart from dpo \(by 0.810, p = [^()]* over 6 tests\); it cannot be told apart from "
+        r"ipo and kto: differences of 0.002 to 0.010, which [\w ]+ seeds would be needed to tell apart\. Against",
+        text,
+    ), text
 
 
 def test_answer_with_less_is_better_names_the_lowest(make_exact) -> None:
