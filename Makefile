@@ -51,15 +51,16 @@ readme: $(STAMP) ## bring the README's table of losses and layout up to date
 docs: $(STAMP) ## build docs/losses.md: every loss whole
 	$(BIN)/python docs/loss_page.py
 
-bench: $(STAMP) ## the numbers of the README: the exact world, and HH with HH=folder
-	$(BIN)/python -m benchmarks.quick --model $(MODEL) $(if $(HH),--hh $(HH))
+bench: $(STAMP) ## the quick study: the exact world, and HH harmless with HH=folder of both subsets, MODEL=name
+	$(BIN)/python -m benchmarks.exact
+	$(if $(HH),$(BIN)/python -m benchmarks.hh --hh $(HH) --model $(MODEL) --subsets harmless,@echo "HH was not run: name its folder with HH=path/to/hh-rlhf")
 
 bench-exact: $(STAMP) ## the exact world alone
-	$(BIN)/python -m benchmarks.quick --only exact
+	$(BIN)/python -m benchmarks.exact
 
-bench-hh: $(STAMP) ## HH alone: make bench-hh HH=folder MODEL=name
+bench-hh: $(STAMP) ## HH, harmless and helpful apart: make bench-hh HH=folder MODEL=name
 	@test -n "$(HH)" || { echo "bench-hh needs the folder of the HH data set: make bench-hh HH=path/to/hh-rlhf"; exit 2; }
-	$(BIN)/python -m benchmarks.quick --only hh --hh $(HH) --model $(MODEL)
+	$(BIN)/python -m benchmarks.hh --hh $(HH) --model $(MODEL) $(if $(FIGURES),--figures $(FIGURES))
 
 # Each script prints and writes its own numbers; one that fails does not keep the others from running.
 bench-speed: $(STAMP) ## steps, starts and sampling beside TRL and the machine's limits: make bench-speed HH=folder

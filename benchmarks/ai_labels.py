@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import Table, print_machine, write_json
-from benchmarks.quick import find_model
+from benchmarks.found import find_model
 from prefopt.data.read_report import is_pair
 from prefopt.data.records import Record
 from prefopt.data.sources import load

@@ -32,7 +32,7 @@ from benchmarks.collapse_training import (
     train_table,
 )
 from benchmarks.measuring import Table, print_machine, write_json
-from benchmarks.quick import find_model
+from benchmarks.found import find_model
 from prefopt.data.records import Example
 from prefopt.errors import PrefoptError
 from prefopt.machine import keep_freed_memory

@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = standard_console()
     for subset in asked.subsets:
         folder = Path(asked.hh) / SUBSETS[subset]
+        if Path(asked.hh).exists() and not folder.exists():
+            raise SystemExit(f"error: --hh {asked.hh}: expected the folder that holds {' and '.join(SUBSETS.values())}.")
         source = str(folder) if folder.exists() else f"{asked.hh}:{SUBSETS[subset]}"
         try:
             study = Study.load(asked.preset, data=[source], model=asked.model)

@@ -35,7 +35,7 @@ from benchmarks.hydra_roles import (
     train,
 )
 from benchmarks.measuring import Peak, Spread, Table, peak_memory_of, print_machine, write_json
-from benchmarks.quick import find_model
+from benchmarks.found import find_model
 from benchmarks.workloads import harmless_rows, random_rows
 from prefopt.errors import PrefoptError
 from prefopt.models.loading import load_model

@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(arguments.rounds, arguments.rows) < 1:
         parser.error("--rounds and --rows must be positive.")
 
-    from benchmarks.quick import find_hh, find_model
+    from benchmarks.found import find_hh, find_model
     from prefopt.errors import PrefoptError
 
     arguments.hh = arguments.hh or [find_hh(None)]

@@ -33,7 +33,7 @@ from benchmarks.measuring import (
     print_machine,
     write_json,
 )
-from benchmarks.quick import find_hh, find_model
+from benchmarks.found import find_hh, find_model
 from prefopt.data.records import Example
 from prefopt.data.roles import split_roles
 from prefopt.data.sources import load
