@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import Table, print_machine, write_json
 from benchmarks.found import find_model
+from benchmarks.measuring import Table, print_machine, write_json
 from prefopt.data.read_report import is_pair
 from prefopt.data.records import Record
 from prefopt.data.sources import load

@@ -31,8 +31,8 @@ from benchmarks.collapse_training import (
     train_reward_model,
     train_table,
 )
-from benchmarks.measuring import Table, print_machine, write_json
 from benchmarks.found import find_model
+from benchmarks.measuring import Table, print_machine, write_json
 from prefopt.data.records import Example
 from prefopt.errors import PrefoptError
 from prefopt.machine import keep_freed_memory

@@ -1,6 +1,6 @@
 """DPO, IPO, CPL, offline PPO-clip and PPO side by side in the exactly solvable world, 3 seeds.
 
-    python -m benchmarks.exact
+python -m benchmarks.exact
 """
 
 from __future__ import annotations

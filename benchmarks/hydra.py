@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.found import find_model
 from benchmarks.hydra_roles import (
     FOUR_COPIES,
     FOUR_MODELS,
@@ -35,7 +36,6 @@ from benchmarks.hydra_roles import (
     train,
 )
 from benchmarks.measuring import Peak, Spread, Table, peak_memory_of, print_machine, write_json
-from benchmarks.found import find_model
 from benchmarks.workloads import harmless_rows, random_rows
 from prefopt.errors import PrefoptError
 from prefopt.models.loading import load_model

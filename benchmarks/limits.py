@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import losses
-from benchmarks.measuring import Spread, Table, peak_memory_of, print_machine, write_json
 from benchmarks.found import find_hh, find_model
+from benchmarks.measuring import Spread, Table, peak_memory_of, print_machine, write_json
 from benchmarks.step_profile import StepProfile, StepRecorder, bounds, streaming_rate
 from benchmarks.workloads import SHAPES, Step, harmless_rows, measure_steps, random_llama, random_rows
 from prefopt.data.records import Example

@@ -18,8 +18,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks.measuring import Busy, Spread, Table, matmul_rate, print_machine, synchronized_time, write_json
 from benchmarks.found import find_hh, find_model
+from benchmarks.measuring import Busy, Spread, Table, matmul_rate, print_machine, synchronized_time, write_json
 from benchmarks.workloads import SHAPES, harmless_rows, random_llama, random_rows
 from prefopt.errors import PrefoptError
 from prefopt.generate import Decoding, generate

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.duel import CACHED, LOOP, MODES, TINY, Contest, Duel, Turn, peak_of_prefopt, peak_of_trl, tiny_batches
+from benchmarks.found import find_hh, find_model
 from benchmarks.measuring import (
     BUSY_LIMIT,
     Peak,
@@ -33,7 +34,6 @@ from benchmarks.measuring import (
     print_machine,
     write_json,
 )
-from benchmarks.found import find_hh, find_model
 from prefopt.data.records import Example
 from prefopt.data.roles import split_roles
 from prefopt.data.sources import load
