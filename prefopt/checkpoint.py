@@ -6,6 +6,7 @@ of both: torch and safetensors load a file with a flipped byte silently. Nothing
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,24 +26,29 @@ from prefopt.errors import OutputError
 
 FORMAT_VERSION = 1
 _FILES = ("state.safetensors", "state.json")
-_PREFIX = "checkpoint-"
+_PREFIX, _REPLACED = "checkpoint-", "-old"
+# What files can raise that are not what was written; RecursionError comes of JSON that is nested a thousand deep.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+# Free space that a save asks for, in sizes of what it writes.
+_ROOM = 1.2
 Tree = Any
 """Nested dicts (string keys) and lists of tensors, numbers, strings, booleans and None."""
 
 
 def save(folder: Path, step: int, tree: Tree, *, keep: int = 2) -> Path:
-    """Writes `tree` as folder/checkpoint-<step>, then removes all but the newest `keep` checkpoints.
+    """Writes `tree` as folder/checkpoint-<step>, then removes what is older than the newest `keep` checkpoints that verify.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_PREFIX}{step}"
     unique = uuid.uuid4().hex[:8]
-    staged, replaced = folder / f".tmp-{step}-{unique}", folder / f".tmp-{step}-{unique}-old"
+    staged, replaced = folder / f".tmp-{step}-{unique}", folder / f".tmp-{step}-{unique}{_REPLACED}"
     tensors: dict[str, torch.Tensor] = {}
     plain = _split(tree, "", tensors)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_space(folder, sum(value.nbytes for value in tensors.values()))
         staged.mkdir()
         # Clones: safetensors refuses tensors that share memory, and optimizer steps are 0-d views.
         save_file(
@@ -66,9 +72,41 @@ def save(folder: Path, step: int, tree: Tree, *, keep: int = 2) -> Path:
             f"could not write {target}: {error}. Earlier checkpoints are intact; free space and resume."
         ) from error
     shutil.rmtree(replaced, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    _rotate(folder, keep)
     return target
+
+
+def _check_space(folder: Path, size: int) -> None:
+    """Raises OSError when the disk has no room for `size` bytes of tensors and what goes with them."""
+    needed, free = _ROOM * size, shutil.disk_usage(folder).free
+    if free < needed:
+        text = f"No space left: {needed / 1e6:.1f} MB are needed, and {free / 1e6:.1f} MB are free"
+        raise OSError(errno.ENOSPC, text, str(folder))
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    """Damaged checkpoints do not count, so that they never drive out the last good one."""
+    good = 0
+    for path in reversed(list_checkpoints(folder)):
+        if good == keep:
+            _remove(path)
+        elif _verifies(path):
+            good += 1
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint leaves its name before its files, so that no part of it is ever seen under that name."""
+    leaving = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    os.replace(path, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        _verify(path)
+    except OutputError:
+        return False
+    return True
 
 
 def load_latest(folder: Path, say: Callable[[str], None]) -> tuple[int, Tree] | None:
@@ -81,8 +119,7 @@ def load_latest(folder: Path, say: Callable[[str], None]) -> tuple[int, Tree] | 
     Raises:
         OutputError: checkpoints exist, but none of them verifies.
     """
-    for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    _sweep(folder)
     found = list_checkpoints(folder)
     problems = []
     for path in reversed(found):
@@ -96,12 +133,32 @@ def load_latest(folder: Path, say: Callable[[str], None]) -> tuple[int, Tree] | 
     return None
 
 
+def _sweep(folder: Path) -> None:
+    """Removes what killed writers left; what one had moved out of its way goes back."""
+    for stale in folder.glob(".tmp-*"):
+        target = folder / f"{_PREFIX}{stale.name.split('-')[1]}"
+        if stale.name.endswith(_REPLACED) and not target.exists():
+            os.replace(stale, target)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+
+
 def load(path: Path) -> tuple[int, Tree]:
     """One checkpoint, verified against its manifest.
 
     Raises:
         OutputError: a file is missing, cut short or changed; the message names it.
     """
+    manifest = _verify(path)
+    try:
+        tensors = load_file(path / "state.safetensors")
+        return int(manifest["step"]), _join(json.loads((path / "state.json").read_text()), tensors)
+    except _UNREADABLE as error:
+        raise OutputError(f"{path} cannot be read: {error}.") from error
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are those that were written. Raises OutputError as `load`."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["version"] != FORMAT_VERSION:
@@ -113,14 +170,13 @@ def load(path: Path) -> tuple[int, Tree]:
         if unnamed:
             raise OutputError(f"{path}/manifest.json has no checksum of {', '.join(unnamed)}.")
         for name, expected in manifest["files"].items():
-            if Path(name).name != name:
+            if Path(name).name != name or (path / name).is_symlink():
                 raise OutputError(f"{path}/manifest.json names a file outside its folder: {name!r}.")
             got = _describe(path / name)
             if got != expected:
                 raise OutputError(f"{path / name} is damaged: its checksum or size is not the one in the manifest.")
-        tensors = load_file(path / "state.safetensors")
-        return int(manifest["step"]), _join(json.loads((path / "state.json").read_text()), tensors)
-    except (OSError, ValueError, KeyError) as error:
+        return manifest
+    except _UNREADABLE as error:
         raise OutputError(f"{path} cannot be read: {error}.") from error
 
 

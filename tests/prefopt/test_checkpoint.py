@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,51 @@ def test_any_flipped_bit_of_the_manifest_is_found_or_harmless(tmp_path: Path) ->
         except OutputError:
             refused += 1
     assert refused > 0.8 * len(good)
+
+
+def test_damaged_checkpoints_do_not_drive_out_the_last_good_one(tmp_path: Path) -> None:
+    """Ten and later are damaged after they were written: by number alone, saving 40 would leave 30 and 40."""
+    saved(tmp_path, 0, 10, 20, 30, keep=2)
+    assert names(tmp_path) == ["checkpoint-20", "checkpoint-30"]
+    damage_flip(tmp_path / "checkpoint-30" / "state.safetensors")
+    saved(tmp_path, 40, keep=2)
+    assert names(tmp_path) == ["checkpoint-20", "checkpoint-30", "checkpoint-40"]
+    damage_truncate(tmp_path / "checkpoint-40" / "state.json")
+    found = checkpoint.load_latest(tmp_path, lambda _: None)
+    assert found is not None
+    assert found[0] == 20
+    saved(tmp_path, 50, 60, keep=2)
+    assert names(tmp_path) == ["checkpoint-50", "checkpoint-60"]
+
+
+def test_a_writer_killed_while_it_replaces_a_step_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1)
+    replace, calls = os.replace, iter(range(9))
+
+    def killed(*paths: Any) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 1, tree_of(2))
+    assert names(tmp_path) == []
+    found = checkpoint.load_latest(tmp_path, pytest.fail)
+    assert found is not None
+    assert_same(found[1], tree_of(1))
+
+
+def test_space_is_looked_at_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=28))  # 24 bytes of tensors ask for 28.8
+    with pytest.raises(OutputError, match=r"could not write .*checkpoint-2.*No space left.*Earlier checkpoints are intact"):
+        saved(tmp_path, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=29))
+    saved(tmp_path, 3)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_when_no_checkpoint_verifies_the_run_stops(tmp_path: Path) -> None:
