@@ -100,8 +100,9 @@ def run_cell(
         - {0, total}
     )
     result = fit(
-        policy, setting.loss, stream, options.optimization, logging=options.logging, folder=folder, resume=resume,
-        evaluate=lambda: evaluate().metrics, evaluate_at=checkpoints, console=console, title=f"{label} seed {seed}",
+        policy, setting.loss, stream, options.optimization, logging=options.logging, recovery=options.recovery,
+        folder=folder, resume=resume, evaluate=lambda: evaluate().metrics, evaluate_at=checkpoints, console=console,
+        title=f"{label} seed {seed}",
     )  # fmt: skip
     policy.train(False)
     measured = evaluate()

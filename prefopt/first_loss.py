@@ -11,8 +11,8 @@ from torch import Tensor
 from losses.registry import BoundTerm
 from losses.types import VOCABULARY
 from prefopt.errors import TrainingError
+from prefopt.guard import some_ids
 from prefopt.models.protocol import Batch
-from prefopt.optimization import some_ids
 
 
 @torch.no_grad()

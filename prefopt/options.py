@@ -12,6 +12,7 @@ from prefopt.decode import decode, decode_value, unquoted
 from prefopt.errors import ConfigError, DataError
 from prefopt.models.hydra import Hydra
 from prefopt.optimization import Logging, Optimization
+from prefopt.recovery import Recovery
 from prefopt.streams import Budget
 
 Init = Literal["as-is", "sft-chosen", "sft-both"]
@@ -296,6 +297,7 @@ class Options:
     budget: Budget = field(default_factory=Budget)
     optimization: Optimization = field(default_factory=Optimization)
     logging: Logging = field(default_factory=Logging)
+    recovery: Recovery = field(default_factory=Recovery)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     control: ControlOptions = field(default_factory=ControlOptions)
     seeding: SeedOptions = field(default_factory=SeedOptions)
@@ -304,6 +306,11 @@ class Options:
         idle = [f.name for f in fields(self.control) if getattr(self.control, f.name) != f.default]
         if idle and self.data.task != "control":
             raise ConfigError(f"{idle[0]} is an option of control, and data is {' '.join(self.data.data)}: drop one of them.")
+        if self.recovery.reward_timeout and ":" not in self.reward.reward:
+            raise ConfigError(
+                f"reward_timeout is of reward functions of your own, and reward is {self.reward.reward!r}: drop it, or name a "
+                "function (module:function, or path/to/file.py:function)."
+            )
 
     @property
     def tiny(self) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prefopt.errors import OutputError
 
 FILE = "metrics.jsonl"
 TIMING_PREFIX = "time/"
@@ -38,18 +42,34 @@ class RunLog:
         total: steps of the whole run.
         start: steps already made; lines beyond it are of an interrupted run and are dropped.
         console: where progress goes; None shows nothing.
+        patient: lines that cannot be written, as on a full disk, are held back for later; otherwise they end the run.
     """
 
-    def __init__(self, folder: Path | None, title: str, total: int, *, start: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        title: str,
+        total: int,
+        *,
+        start: int = 0,
+        console: Console | None = None,
+        patient: bool = False,
+    ) -> None:
         self.earlier: list[dict[str, Any]] = []
-        self._file = None
+        self._file: FileIO | None = None
+        self._unwritten, self._patient = b"", patient
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            path = folder / FILE
             if start:
                 self.earlier = read_lines(folder, up_to=start)
-                kept = [text for text in (folder / FILE).read_text().splitlines() if _step(text) <= start]
-                (folder / FILE).write_text("".join(f"{text}\n" for text in kept))
-            self._file = (folder / FILE).open("a" if start else "w")
+                texts = path.read_text().splitlines() if path.exists() else []
+                # A new file in the place of the old one: whoever is killed here leaves one of them whole.
+                staged = path.with_name(f".{FILE}.partial")
+                staged.write_text("".join(f"{text}\n" for text in texts if _step(text) <= start))
+                os.replace(staged, path)
+            # Unbuffered: what a full disk refused is still in our hands.
+            self._file = FileIO(path, "a" if start else "w")
         self._console = console
         self._title = title
         self._total = total
@@ -74,7 +94,20 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         if self._file is not None:
-            self._file.close()
+            with self._file:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Writes what is unwritten. Raises OutputError where that fails and the run is not to wait for room."""
+        assert self._file is not None
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._patient:
+                raise OutputError(
+                    f"could not write {self._file.name}: {error.strerror}. Free space, and resume from the newest checkpoint."
+                ) from error
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -84,8 +117,8 @@ class RunLog:
     def write(self, line: Mapping[str, Any], timings: Mapping[str, float]) -> None:
         """One line of metrics; timings stand beside them under `time/`, since equal runs differ in them alone."""
         if self._file is not None:
-            self._file.write(json.dumps({**line, **timings}) + "\n")
-            self._file.flush()
+            self._unwritten += (json.dumps({**line, **timings}) + "\n").encode()
+            self._flush()
         note = "  ".join(f"{key} {value:.4g}" for key, value in line.items() if key in _SHOWN)
         if self._progress is not None:
             self._progress.update(self._task, note=note)

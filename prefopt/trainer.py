@@ -14,16 +14,19 @@ from rich.console import Console
 from torch import Tensor
 
 from losses.registry import BoundLoss, BoundTerm
-from losses.types import VOCABULARY, LossOutput, Metric
+from losses.types import VOCABULARY, LossOutput, Max, Metric
 from prefopt import checkpoint
 from prefopt.communicator import Communicator, SingleProcess
 from prefopt.coupled import coupled_objectives
 from prefopt.errors import ConfigError, OutputError, Stopped, TrainingError
 from prefopt.first_loss import anchor_loss, check_first_loss
+from prefopt.guard import NotFiniteError, UpdateGuard
+from prefopt.memory import Halver, explained
 from prefopt.metrics import Meter
 from prefopt.models.protocol import Batch, Policy, trainable_parameters
-from prefopt.optimization import Logging, Optimization, UpdateGuard, build_optimizer
+from prefopt.optimization import Logging, Optimization, build_optimizer
 from prefopt.prefetch import Feed
+from prefopt.recovery import Recovery
 from prefopt.runlog import RunLog
 from prefopt.stopping import listening
 from prefopt.streams import Stream
@@ -53,6 +56,7 @@ def fit(
     optimization: Optimization | None = None,
     *,
     logging: Logging | None = None,
+    recovery: Recovery | None = None,
     folder: Path | None = None,
     resume: bool = False,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
@@ -70,6 +74,7 @@ def fit(
         stream: yields the micro-batches of each update.
         optimization: learning rate, schedule, clipping; None takes the defaults.
         logging: intervals of log lines and checkpoints; None takes the defaults.
+        recovery: what is done about trouble; None takes the defaults.
         folder: for metrics.jsonl and checkpoints; None keeps everything in memory.
         resume: go on from the newest good checkpoint in `folder`, if there is one.
         evaluate: called after the steps in `evaluate_at`; its numbers enter metrics.jsonl as `eval/<name>`.
@@ -81,21 +86,23 @@ def fit(
             then the first loss is not checked.
 
     Raises:
-        TrainingError: a loss or gradient is not finite, or the first loss is not the one that policy = reference gives;
-            the update was not made. On a GPU this is found at the next log line, checkpoint or evaluation, and no update
-            was made in between.
-        OutputError: `folder` holds checkpoints and `resume` is off.
+        TrainingError: a loss or gradient is not finite, the first loss is not the one that policy = reference gives, or
+            memory is not enough; the update was not made. On a GPU what is not finite is found at the next log line,
+            checkpoint or evaluation, and no update was made in between.
+        OutputError: `folder` holds checkpoints and `resume` is off, or cannot be written.
         ConfigError: the checkpoint to resume from was written by another loss, optimizer or length of run.
         Stopped: SIGINT, SIGTERM or SIGUSR1 came, the step was finished and a checkpoint written.
     """
-    optimization, logging = optimization or Optimization(), logging or Logging()
-    run = _Run(policy, loss, stream, optimization, logging, folder, communicator or SingleProcess(), _sayer(console))
+    optimization, logging, recovery = optimization or Optimization(), logging or Logging(), recovery or Recovery()
+    say = _sayer(console)
+    run = _Run(policy, loss, stream, optimization, logging, recovery, folder, communicator or SingleProcess(), say)
     run.anchored = starts_at_reference
     if resume:
         run.restore()
     elif folder is not None and checkpoint.list_checkpoints(folder):
         raise OutputError(f"{folder} holds checkpoints of an earlier run: resume it, or name another folder.")
-    log = RunLog(folder, title, stream.total_steps, start=run.step, console=console)
+    patient = recovery.on_failed_save == "continue"
+    log = RunLog(folder, title, stream.total_steps, start=run.step, console=console, patient=patient)
     run.result.lines.extend(log.earlier)
     # A reward model may be trained in the middle of an evaluation, which has gradients off.
     with log, torch.enable_grad(), listening(folder is not None) as request:
@@ -103,7 +110,8 @@ def fit(
         if run.step == 0:
             run.evaluate(log, evaluate, evaluate_at)
         while (micro_batches := run.feed.next()) is not None:
-            run.update(micro_batches)
+            with explained(run.step + 1, micro_batches):
+                run.update(micro_batches)
             run.feed.prefetch()  # before anything waits for the device
             run.after_update(log)
             run.evaluate(log, evaluate, evaluate_at)
@@ -126,19 +134,24 @@ class _Run:
         stream: Stream,
         optimization: Optimization,
         logging: Logging,
+        recovery: Recovery,
         folder: Path | None,
         communicator: Communicator,
         say: Callable[[str], None],
     ) -> None:
         self.policy, self.loss, self.stream, self.optimization = policy, loss, stream, optimization
         self.logging, self.folder, self.communicator, self.say = logging, folder, communicator, say
+        self.recovery, self.halver = recovery, Halver(recovery.on_out_of_memory == "halve", say)
         self.parameters = trainable_parameters(policy)
         if not self.parameters:
             raise ConfigError("the policy has no trainable parameter: every weight is frozen.")
         self.device = self.parameters[0].device
         self.optimizer = build_optimizer(policy, optimization)
         # A CPU has its numbers at once; a GPU is asked for them where a log line waits for it anyway.
-        self.guard = UpdateGuard(self.optimizer, self.device, deferred=self.device.type != "cpu")
+        # To skip a step, its numbers must be known before the next one.
+        deferred = self.device.type != "cpu" and not recovery.skip_bad_steps
+        self.guard = UpdateGuard(self.optimizer, self.device, deferred=deferred, folder=folder)
+        self.skipped = 0  # updates left out, because their loss or gradient was not finite
         self.feed = Feed(stream, self.device)
         self.meter = Meter()
         self.step = 0
@@ -167,24 +180,50 @@ class _Run:
         scale = self.optimization.rate(self.step, self.stream.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.optimization.learning_rate * group["lr_scale"] * scale
-        total, weights = self._backward(micro_batches)
+        take_back = self._reports() if self.recovery.skip_bad_steps else None
+        micro_batches, (total, weights) = self.halver.run(micro_batches, self._backward, self._reports)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.optimization.clip_norm or math.inf)
         try:
-            self.guard.watch(self.step + 1, _ids(micro_batches), total, norm, weights)
-        except TrainingError:
+            self.guard.watch(self.step + 1, micro_batches, total, norm, weights)
+            self.optimizer.step()
+            self.meter.add_value("loss", total)
+            self.meter.add_value("grad_norm", norm)
+            made = True
+        except NotFiniteError as error:
+            self._skip(error, take_back)
+            made = False
+        finally:
             self.optimizer.zero_grad(set_to_none=True)
-            raise
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.meter.add_value("loss", total)
-        self.meter.add_value("grad_norm", norm)
+        if self.recovery.skip_bad_steps:
+            self.meter.add("skipped_steps", Max(torch.tensor([float(self.skipped)])))
         for name, metric in self.stream.metrics().items():
             self.meter.add(name, metric)
-        self.stream.after_update(self._reported)
+        if made:
+            self.stream.after_update(self._reported)
         self._reported = {}
         self.step += 1
         self.result.steps = self.step
         self.result.tokens += sum(batch.tokens for batch in micro_batches)
+
+    def _reports(self) -> Callable[[], None]:
+        """Takes back what a step that is not made has told the meter and the running statistics, and its gradient."""
+        meter, running = self.meter.state_dict(), dict(self.running)
+
+        def take_back() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.meter.load_state_dict(meter)
+            self.running, self._added, self._reported = running, {}, {}
+
+        return take_back
+
+    def _skip(self, error: NotFiniteError, take_back: Callable[[], None] | None) -> None:
+        """Leaves an update out, or raises the error when no more may be."""
+        if take_back is None or self.skipped >= self.recovery.skip_bad_steps:
+            raise error
+        take_back()
+        self.skipped += 1
+        most = self.recovery.skip_bad_steps
+        self.say(f"step {error.step}: {error.what}; left out ({self.skipped} of at most {most}). {error.where}")
 
     def _backward(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
         """Accumulates the gradient of the whole step's objective; returns its value and each term's weight, no gradient."""
@@ -289,7 +328,8 @@ class _Run:
         last = self.step == self.stream.total_steps
         if _due(self.step, self.logging.log_every, self.stream.total_steps):
             self.settle()
-            steps = self.logging.log_every if not last else (self.step - 1) % self.logging.log_every + 1
+            every = self.logging.log_every or self.stream.total_steps
+            steps = every if not last else (self.step - 1) % every + 1
             line = {"step": self.step, "learning_rate": self.optimizer.param_groups[0]["lr"], "tokens": self.result.tokens}
             line |= self.meter.read(self.communicator)
             self.result.seconds += self._timer
@@ -326,9 +366,15 @@ class _Run:
             "running": dict(self.running),
             "step": self.step,
             "tokens": self.result.tokens,
+            "skipped": self.skipped,
             "run": self._description(),
         }
-        checkpoint.save(self.folder, self.step, tree, keep=self.logging.keep)
+        try:
+            checkpoint.save(self.folder, self.step, tree, keep=self.logging.keep)
+        except OutputError as error:
+            if self.recovery.on_failed_save == "stop":
+                raise
+            self.say(f"{error} Going on without this checkpoint.")
         self.resume_clock()
 
     def _description(self) -> dict[str, Any]:
@@ -362,6 +408,7 @@ class _Run:
         self.running = {name: pair.to(self.device) for name, pair in tree["running"].items()}
         self.step = self.result.steps = tree["step"]
         self.result.tokens = tree["tokens"]
+        self.skipped = tree.get("skipped", 0)  # earlier versions had none
         checkpoint.load_generator_state(tree["generators"])
         self.say(f"resumed after step {step}.")
 

@@ -85,7 +85,8 @@ def build_reward(
             )
         return Reward(true, "the task's own reward")
     if is_function(asked.reward):
-        return Reward(FunctionScorer(import_function(asked.reward), asked.reward), f"the function {asked.reward}")
+        own = FunctionScorer(import_function(asked.reward), asked.reward, timeout=options.recovery.reward_timeout)
+        return Reward(own, f"the function {asked.reward}")
     model = load_reward_model(
         asked.reward, cache=cache, device=options.model.device, trust_remote_code=options.model.trust_remote_code,
         micro_batch_tokens=options.budget.micro_batch_tokens,

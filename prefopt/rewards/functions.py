@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from prefopt.data.records import Text
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.rewards.scorers import RewardError
+from prefopt.rewards.timeout import TooSlow, call_within
 
 Function = Callable[[list[Any], list[str]], Any]
 """f(prompts, completions) -> N numbers; a prompt is text, or the list of messages of a conversation."""
@@ -81,28 +83,33 @@ class FunctionScorer:
     Args:
         function: called with lists; it may change them.
         name: for error messages.
+        timeout: seconds that a call may take, and the search for the completion that took so long; 0 waits for ever. A call
+            that takes longer is left running in a thread of its own, which ends with the process.
     """
 
-    def __init__(self, function: Function, name: str = "") -> None:
+    def __init__(self, function: Function, name: str = "", *, timeout: float = 0.0) -> None:
         self._function = function
+        self._timeout = timeout
         self._name = name or getattr(function, "__qualname__", type(function).__name__)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[str]) -> Tensor:
         """[N] float32.
 
         Raises:
-            RewardError: it raises, or returns something else than a number, for one completion.
+            RewardError: it raises, takes too long, or returns something else than a number, for one completion.
             TrainingError: what it returns is not one number for each completion.
         """
         try:
             found = self._call(prompts, completions)
+        except TooSlow:
+            raise self._blame_slow(prompts, completions) from None
         except Exception as error:
             raise self._blame(prompts, completions, error) from error
         return self._numbers(found, len(completions))
 
-    def _call(self, prompts: Sequence[Text], completions: Sequence[str]) -> Any:
+    def _call(self, prompts: Sequence[Text], completions: Sequence[str], limit: float | None = None) -> Any:
         plain = [prompt if isinstance(prompt, str) else [dict(message) for message in prompt] for prompt in prompts]
-        return self._function(plain, list(completions))
+        return call_within(self._timeout if limit is None else limit, self._function, plain, list(completions))
 
     def _blame(self, prompts: Sequence[Text], completions: Sequence[str], error: Exception) -> TrainingError:
         """Which completion it is: the first for which the function fails when it is asked one by one."""
@@ -115,6 +122,23 @@ class FunctionScorer:
         return TrainingError(
             f"the reward function {self._name} raised {type(error).__name__}: {error}, for {len(completions)} completions "
             "together but for none of them alone. Make it return a number for every text, however many there are."
+        )
+
+    def _blame_slow(self, prompts: Sequence[Text], completions: Sequence[str]) -> TrainingError:
+        """Which completion it is: the one at which it is when, asked one by one, it has taken as long once more."""
+        end = time.monotonic() + self._timeout
+        advice = "Make it faster, or raise --reward-timeout."
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                self._call([prompt], [completion], max(1e-3, end - time.monotonic()))
+            except TooSlow:
+                failure = f"{self._name} was not done after {self._timeout:g} seconds. Its completion is {completion[:80]!r}. "
+                return RewardError(index, failure + advice)
+            except Exception as error:
+                return self._blame(prompts, completions, error)
+        return TrainingError(
+            f"the reward function {self._name} was not done with {len(completions)} completions together after "
+            f"{self._timeout:g} seconds, but with each alone. {advice}"
         )
 
     def _numbers(self, found: Any, count: int) -> Tensor:

@@ -25,10 +25,11 @@ from losses.types import LossOutput
 from prefopt import algorithms, checkpoint, trainer
 from prefopt.data.records import Example
 from prefopt.errors import ConfigError, OutputError, TrainingError
+from prefopt.guard import UpdateGuard
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.fingerprint import fingerprint
 from prefopt.models.packed import head_names
-from prefopt.optimization import Logging, Optimization, UpdateGuard
+from prefopt.optimization import Logging, Optimization
 from prefopt.packing import PackedBatch
 from prefopt.reference import ReferenceCache
 from prefopt.streams import Budget, OfflineStream
@@ -505,7 +506,9 @@ def equal_weights(first: CausalLMPolicy, second: CausalLMPolicy) -> bool:
 def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard as it is on a GPU."""
     monkeypatch.setattr(
-        trainer, "UpdateGuard", lambda optimizer, device, deferred: UpdateGuard(optimizer, device, deferred=True)
+        trainer,
+        "UpdateGuard",
+        lambda optimizer, device, deferred, folder: UpdateGuard(optimizer, device, deferred=True, folder=folder),
     )
 
 
@@ -551,7 +554,8 @@ def test_a_skipped_update_leaves_the_optimizer_alone(deferred: bool) -> None:
 
     def step(number: int, norm: float) -> None:
         weight.grad = torch.full((3,), norm)
-        guard.watch(number, [f"row:{number}"], torch.tensor(1.0), torch.tensor(norm), {"dpo": torch.tensor(2.0)})
+        batch = ControlBatch(torch.ones(2, 5, 3), torch.ones(2, 5), (f"row:{number}",))
+        guard.watch(number, [batch], torch.tensor(1.0), torch.tensor(norm), {"dpo": torch.tensor(2.0)})
         optimizer.step()
 
     step(1, 1.0)

@@ -1,0 +1,176 @@
+"""Steps that do not fit into memory: what is said about them, and how their micro-batches are halved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import singledispatch
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from losses.types import VOCABULARY
+from prefopt.errors import TrainingError
+from prefopt.guard import some_ids
+from prefopt.models.protocol import Batch
+from prefopt.packing import Group, PackedBatch
+
+T = TypeVar("T")
+
+# What torch's allocator for a CPU says, which has no exception of its own.
+_CPU_ALLOCATOR = "can't allocate memory"
+_LOWER = "Lower --micro-batch-tokens or --max-length, or set --activation-checkpointing or --lora 16"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch and Python raise when memory is not enough."""
+    cpu = isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu
+
+
+def explain(error: BaseException) -> str:
+    """What to do about memory that was not enough somewhere outside of a training step."""
+    return f"out of memory ({_first_line(error)}). {_LOWER}; for evaluations, --eval-pairs or --eval-prompts."
+
+
+@contextmanager
+def explained(step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:
+    """Says what a step held that did not fit.
+
+    Args:
+        step: 1-based.
+        micro_batches: of the step.
+
+    Raises:
+        TrainingError: the block ran out of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        largest = max(micro_batches, key=lambda batch: batch.tokens)
+        raise TrainingError(
+            f"step {step}: out of memory ({_first_line(error)}). The step has {len(micro_batches)} micro-batches; the largest "
+            f"has {len(largest.ids)} rows of {largest.tokens} tokens together, the longest completion {largest.sizes['T']}. "
+            f"Rows: {some_ids(largest.ids)}. "
+            f"{_LOWER}; --on-out-of-memory halve splits what does not fit. None of these but --max-length and --lora changes "
+            "the update."
+        ) from error
+
+
+class Halver:
+    """Splits micro-batches that did not fit, and from then on those of that size.
+
+    Args:
+        wanted: False passes everything through.
+        say: told when the limit falls.
+    """
+
+    def __init__(self, wanted: bool, say: Callable[[str], None]) -> None:
+        self._wanted, self._say = wanted, say
+        self._limit: float = float("inf")  # tokens of a micro-batch
+
+    def run(
+        self, micro_batches: Sequence[Batch], compute: Callable[[Sequence[Batch]], T], undo: Callable[[], Callable[[], None]]
+    ) -> tuple[Sequence[Batch], T]:
+        """`compute` of the micro-batches, halved as often as memory asks for; what was computed, and on which.
+
+        Args:
+            compute: may run out of memory at any point.
+            undo: called before `compute`; what it returns takes back what a failed `compute` did.
+
+        Raises:
+            Exception: as `compute`; out of memory when nothing is left to halve, or nothing is to be halved.
+        """
+        if not self._wanted:
+            return micro_batches, compute(micro_batches)
+        while True:
+            parts = [part for batch in micro_batches for part in self._split(batch)]
+            take_back = undo()
+            try:
+                return parts, compute(parts)
+            except Exception as error:
+                largest = max(part.tokens for part in parts)
+                if not is_out_of_memory(error) or all(halves(part) is None for part in parts if part.tokens == largest):
+                    raise
+                self._limit = largest - 1
+                self._say(f"out of memory ({_first_line(error)}): micro-batches of {largest} tokens and more are halved.")
+            # Out of the handler, so that the error no longer holds on to what was computed.
+            take_back()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _split(self, batch: Batch) -> list[Batch]:
+        parts = None if batch.tokens <= self._limit else halves(batch)
+        return [batch] if parts is None else [part for half in parts for part in self._split(half)]
+
+
+@singledispatch
+def halves(batch: Any) -> tuple[Any, Any] | None:
+    """A micro-batch in two, rows in order; None for one that cannot be split."""
+    return None
+
+
+@halves.register
+def _(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch] | None:
+    count = len(batch.groups)
+    return None if count < 2 else (_part(batch, 0, count // 2), _part(batch, count // 2, count))
+
+
+def _part(batch: PackedBatch, begin: int, end: int) -> PackedBatch:
+    """The groups [begin, end) of a packed batch as a batch of its own; padded widths stay."""
+    branches = [0]
+    for group in batch.groups:
+        branches.append(branches[-1] + len(group.starts) - 1)
+    rows = slice(branches[begin], branches[end])
+    groups = batch.groups[begin:end]
+    start = groups[0].start
+    packed = slice(start, groups[-1].start + groups[-1].length)
+    width = batch.mask.shape[1]
+    scored = (batch.scatter >= rows.start * width) & (batch.scatter < rows.stop * width)
+    kept = {name: _within(index, rows) for name, index in batch.roles.items()}
+    support = batch.sampling.support
+    return replace(
+        batch,
+        input_ids=batch.input_ids[packed],
+        position_ids=batch.position_ids[packed],
+        groups=tuple(Group(group.start - start, group.starts) for group in groups),
+        predict=batch.predict[scored] - start,
+        targets=batch.targets[scored],
+        scatter=batch.scatter[scored] - rows.start * width,
+        last=batch.last[rows] - start,
+        mask=batch.mask[rows],
+        roles={name: _shifted(index[kept[name]], rows.start) for name, index in batch.roles.items()},
+        rows={name: values[rows] for name, values in batch.rows.items()},
+        data={name: values[_of_items(name, kept)] for name, values in batch.data.items()},
+        ids=batch.ids[begin:end],
+        sampling=replace(batch.sampling, support=None if support is None else support[scored]),
+    )  # fmt: skip
+
+
+# The role whose items each leading dimension of the vocabulary counts.
+_ROLE = {"P": "chosen_", "N": "", "M": "mismatched_", "G": "group_"}
+
+
+def _within(index: Tensor, rows: slice) -> Tensor:
+    """[items] bool: those whose first row is in `rows`; a list's first completion is always there."""
+    first = index if index.dim() == 1 else index[:, 0]
+    return (first >= rows.start) & (first < rows.stop)
+
+
+def _shifted(index: Tensor, by: int) -> Tensor:
+    """Rows counted from `by` on; -1 stays."""
+    return torch.where(index < 0, -1, index - by)
+
+
+def _of_items(name: str, kept: Mapping[str, Tensor]) -> Any:
+    """How a tensor of `data` is cut: by the items that its first dimension counts; a scalar stays whole."""
+    shape = VOCABULARY[name].shape
+    return kept[_ROLE[shape[0]]] if shape and shape[0] in _ROLE else ...
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160].rstrip(".")
