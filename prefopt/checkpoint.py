@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prefopt.errors import OutputError
+from prefopt.errors import OutputError, SaveError
 
 FORMAT_VERSION = 1
 _FILES = ("state.safetensors", "state.json")
@@ -39,7 +39,7 @@ def save(folder: Path, step: int, tree: Tree, *, keep: int = 2) -> Path:
     """Writes `tree` as folder/checkpoint-<step>, then removes what is older than the newest `keep` checkpoints that verify.
 
     Raises:
-        OutputError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        SaveError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
     target = folder / f"{_PREFIX}{step}"
     unique = uuid.uuid4().hex[:8]
@@ -68,9 +68,8 @@ def save(folder: Path, step: int, tree: Tree, *, keep: int = 2) -> Path:
         shutil.rmtree(staged, ignore_errors=True)
         if replaced.exists() and not target.exists():
             os.replace(replaced, target)
-        raise OutputError(
-            f"could not write {target}: {error}. Earlier checkpoints are intact; free space and resume."
-        ) from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise SaveError(f"could not write {target}: {reason}. Earlier checkpoints are intact.") from error
     shutil.rmtree(replaced, ignore_errors=True)
     _rotate(folder, keep)
     return target
@@ -80,8 +79,11 @@ def _check_space(folder: Path, size: int) -> None:
     """Raises OSError when the disk has no room for `size` bytes of tensors and what goes with them."""
     needed, free = _ROOM * size, shutil.disk_usage(folder).free
     if free < needed:
-        text = f"No space left: {needed / 1e6:.1f} MB are needed, and {free / 1e6:.1f} MB are free"
-        raise OSError(errno.ENOSPC, text, str(folder))
+        raise OSError(errno.ENOSPC, f"No space left: {_amount(needed)} are needed, and {_amount(free)} are free")
+
+
+def _amount(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def _rotate(folder: Path, keep: int) -> None:

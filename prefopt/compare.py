@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from rich.console import Console
 from prefopt.data.report import render
 from prefopt.environment import environment
 from prefopt.errors import ConfigError, OutputError
-from prefopt.files import differences, write_json
+from prefopt.files import LOCK, contents, differences, empty, write_json
 from prefopt.jobs import CELLS_FOLDER, Job, run_all
 from prefopt.matching import matched
 from prefopt.options import default_cache
@@ -46,7 +45,6 @@ from prefopt.tasks import Shared, Task, build_task, prepare_process
 from prefopt.tuning import chosen, tuned, tuning_study
 
 STUDY_FILE, TUNING_FOLDER = "study.json", "tuning"
-_LOCK = ".lock"
 
 
 def compare(
@@ -98,7 +96,7 @@ def compare(
             "writes the report.", highlight=False,
         )  # fmt: skip
         return results
-    with FileLock(output / _LOCK):
+    with FileLock(output / LOCK):
         _write_rows(jobs, output)
         save_timings(timings, output)
         save_results(results, output)
@@ -184,10 +182,10 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
     marker = output / STUDY_FILE
     if output.exists() and not output.is_dir():
         raise OutputError(f"--output-dir {output} is a file; name a folder.")
-    if output.is_dir() and not marker.exists() and any(path.name != _LOCK for path in output.iterdir()):
+    if output.is_dir() and not marker.exists() and contents(output):
         raise OutputError(f"{output} is not empty and holds no comparison of prefopt; name another --output-dir.")
     output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / _LOCK):  # processes may start together on one folder
+    with FileLock(output / LOCK):  # processes may start together on one folder
         held = json.loads(marker.read_text()) if marker.exists() else own
         # A comparison that stopped before its first cell, as on bad data, left nothing worth keeping.
         if held != own and ((output / CELLS_FOLDER).exists() or (output / TUNING_FOLDER).exists()):
@@ -197,9 +195,7 @@ def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
                     f"{output} holds a comparison with other options ({differing}). Name another --output-dir, "
                     "or pass --overwrite to delete it."
                 )
-            for path in output.iterdir():
-                if path.name != _LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            empty(output)
         write_json(marker, own)
         (output / REPEAT_FILE).write_text(yaml.safe_dump(study.values(), sort_keys=False), encoding="utf-8")
 

@@ -31,6 +31,21 @@ class OutputError(PrefoptError):
     exit_code = 2
 
 
+class SaveError(OutputError):
+    """A checkpoint could not be written.
+
+    Args:
+        what: happened.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what} Free space and resume; --on-failed-save continue goes on without such checkpoints."
+
+
 class TrainingError(PrefoptError):
     """Training stopped before an update that would have done harm; the message names step and rows."""
 

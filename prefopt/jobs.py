@@ -26,7 +26,7 @@ from rich.console import Console
 from prefopt.cell import run_cell
 from prefopt.environment import environment
 from prefopt.errors import PrefoptError, Stopped
-from prefopt.files import write_json
+from prefopt.files import LOCK, staged_folder, write_json
 from prefopt.machine import end_with_parent, standard_console
 from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, Cell, CellTiming, Ledger, save_rows
 from prefopt.stages import content_key
@@ -36,7 +36,6 @@ from prefopt.tasks import build_task, prepare_process
 CELLS_FOLDER = "cells"
 CELL_FILE, CONFIG_FILE, ENVIRONMENT_FILE, FAILURE_FILE = "cell.json", "config.json", "environment.json", "failure.txt"
 MANIFEST_FILE, TIMING_FILE = "manifest.json", "timing.json"
-_LOCK = ".lock"
 # Seconds between two looks at cells that other processes hold.
 _LOOK_EVERY = 1.0
 
@@ -90,7 +89,7 @@ class Job:
     @property
     def lock(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / _LOCK, timeout=0)
+        return FileLock(self.folder / LOCK, timeout=0)
 
     def config(self) -> dict[str, Any]:
         """Everything that the cell follows from besides the code and the machine."""
@@ -199,7 +198,8 @@ def _run(job: Job) -> str | None:
             resume=bool(options.logging.save_every), console=console,
         )  # fmt: skip
         if job.save_policies:
-            result.save(job.folder / "policy")
+            with staged_folder(job.folder / "policy") as staged:
+                result.save(staged)
         write_json(job.folder / TIMING_FILE, asdict(result.timing))
         save_rows(result.rows, job.folder / PER_PROMPT_FILE)
         save_rows(result.pairs, job.folder / PER_PAIR_FILE)

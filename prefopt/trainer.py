@@ -18,7 +18,7 @@ from losses.types import VOCABULARY, LossOutput, Max, Metric
 from prefopt import checkpoint
 from prefopt.communicator import Communicator, SingleProcess
 from prefopt.coupled import coupled_objectives
-from prefopt.errors import ConfigError, OutputError, Stopped, TrainingError
+from prefopt.errors import ConfigError, OutputError, SaveError, Stopped, TrainingError
 from prefopt.first_loss import anchor_loss, check_first_loss
 from prefopt.guard import NotFiniteError, UpdateGuard
 from prefopt.memory import Halver, explained
@@ -371,10 +371,10 @@ class _Run:
         }
         try:
             checkpoint.save(self.folder, self.step, tree, keep=self.logging.keep)
-        except OutputError as error:
+        except SaveError as error:
             if self.recovery.on_failed_save == "stop":
                 raise
-            self.say(f"{error} Going on without this checkpoint.")
+            self.say(f"{error.what} Going on without this checkpoint.")
         self.resume_clock()
 
     def _description(self) -> dict[str, Any]:

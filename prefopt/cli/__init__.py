@@ -6,6 +6,7 @@ Commands are imported only when they are called, so that help does not wait for 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 from prefopt import __version__
 from prefopt.errors import PrefoptError, Stopped
 
-USAGE, INTERRUPTED = 2, 130
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+# A disk, a quota, and the largest file that is allowed.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _HELP = "prefopt compares preference-optimization algorithms: same rows, same order, same reference, one trainer."
 _EXAMPLES = """Examples:
@@ -96,10 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {_usage_message(error, wanted, tokens)}", file=sys.stderr)
         return USAGE
     except Exception as error:
-        code = _exit_code(error)
-        if debug or code is None:
+        found = _outcome(error, f"The same command {_AGAIN.get(wanted, 'starts again')}.")
+        if debug or found is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        code, message = found
+        print(f"error: {message}", file=sys.stderr)
         return code
 
 
@@ -116,15 +120,31 @@ def _build(wanted: str, tokens: Sequence[str]) -> App:
     return app
 
 
-def _exit_code(error: Exception) -> int | None:
-    """The exit code of an error whose message tells the user what to do; None for all others."""
+def _outcome(error: Exception, again: str) -> tuple[int, str] | None:
+    """The exit code and message of an error that the user can do something about; None for all others.
+
+    Only a command that imported a package can raise its errors, so none is imported here.
+    """
     if isinstance(error, PrefoptError):
-        return error.exit_code
-    # Only a command that imported the losses can raise their errors.
+        return error.exit_code, str(error)
     registry = sys.modules.get("losses.registry")
     if registry is not None and isinstance(error, registry.UnknownName | registry.RegistrationError):
-        return USAGE
+        return USAGE, str(error)
+    if _is_full_disk(error):
+        return FAILED, f"the disk is full: {error}. Free space. {again}"
+    memory = sys.modules.get("prefopt.memory")
+    if memory is not None and memory.is_out_of_memory(error):
+        return FAILED, f"{memory.explain(error)} {again}"
     return None
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    # Its writers are in Rust, and have an exception of their own.
+    safetensors = sys.modules.get("safetensors")
+    own = safetensors is not None and isinstance(error, safetensors.SafetensorError)
+    return own and any(f"(os error {number})" in str(error) for number in _FULL)
 
 
 def _usage_message(error: CycloptsError, wanted: str, tokens: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +34,7 @@ from prefopt.cli.lookup import find_algorithm
 from prefopt.data.report import DataReport, render, render_plain
 from prefopt.environment import environment
 from prefopt.errors import ConfigError, OutputError
-from prefopt.files import differences, write_json
+from prefopt.files import contents, differences, empty, locked, staged_folder, write_json
 from prefopt.machine import standard_console
 from prefopt.options import Options, build_options, default_cache
 from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, Metric, save_rows
@@ -45,6 +44,8 @@ from prefopt.tasks import build_task, prepare_process
 
 CONFIG_FILE, RESULT_FILE, POLICY_FOLDER = "config.json", "result.json", "policy"
 REWARD_FILE, RELIABILITY_FILE = "reward_report.json", "reliability.png"
+# What may be otherwise when a run goes on: it changes none of its numbers.
+_MAY_DIFFER = ("recovery", "logging.keep", "logging.save_every")
 # A run by hand is worth resuming; a comparison's cells are short and many.
 SAVE_EVERY = 50
 _RUN, _LOSS = "Run", "--loss"
@@ -167,12 +168,17 @@ def train(
     """Trains, measures and saves one setting in `output`.
 
     Raises:
-        OutputError: the folder holds another run.
+        OutputError: the folder holds another run, or another process works in it.
     """
-    name = setting.algorithm.name
-    config = {"algorithm": name, "hyper": dict(setting.hyper), "seed": seed, "imports": [*imports], **options.as_dict()}
-    claim(output, config, resume=resume, overwrite=overwrite)
-    policy = output / POLICY_FOLDER
+    own = {"algorithm": setting.algorithm.name, "hyper": dict(setting.hyper), "seed": seed, "imports": [*imports]}
+    with locked(output):
+        claim(output, {**own, **options.as_dict()}, resume=resume, overwrite=overwrite)
+        _train(setting, options, output, seed=seed, resume=resume, console=console)
+
+
+def _train(setting: algorithms.Setting, options: Options, output: Path, *, seed: int, resume: bool, console: Console) -> None:
+    """`train` in a folder that is its own."""
+    name, policy = setting.algorithm.name, output / POLICY_FOLDER
     if (output / RESULT_FILE).exists():
         console.print(f"already finished; the policy is in {policy}", highlight=False, soft_wrap=True)
         return
@@ -183,7 +189,8 @@ def train(
     console.print(render(report))
     _write_data_report(report, output)
     result = run_cell(task, setting, options, seed, label=name, cache=cache, folder=output, resume=resume, console=console)
-    result.save(policy)
+    with staged_folder(policy) as staged:
+        result.save(staged)
     quality = None
     if result.reward_model is not None:
         quality = measure_quality(result.reward_model, task.held_out())
@@ -203,21 +210,24 @@ def claim(output: Path, config: Mapping[str, Any], *, resume: bool, overwrite: b
     """
     config = json.loads(json.dumps(config))
     marker = output / CONFIG_FILE
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output-dir {output} is a file; name a folder.")
     try:
-        if output.is_dir() and any(output.iterdir()):
-            held = _held(marker)
-            if resume and held == config:
-                return
-            # A run that stopped before its first step, as on bad data, left nothing worth keeping.
-            if (output / METRICS_FILE).exists():
-                _refuse_unless_told(output, differences(held, config), resume, overwrite)
-                shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
+        if found := contents(output):
+            _refuse_links(found)
+            differing = {name for name in differences(_held(marker), config) if not name.startswith(_MAY_DIFFER)}
+            # A run that stopped before its first step, as on bad data, left nothing worth keeping.
+            if (output / METRICS_FILE).exists() and not (resume and not differing):
+                _refuse_unless_told(output, differing, resume, overwrite)
+                empty(output)
         write_json(marker, config)
     except OSError as error:
         raise OutputError(f"--output-dir {output} cannot be written ({error.strerror}); name another folder.") from error
+
+
+def _refuse_links(found: Sequence[Path]) -> None:
+    """A folder from elsewhere may hold links through which a run would write to other places."""
+    if links := [path for path in found if path.is_symlink()]:
+        raise OutputError(f"{links[0]} is a link, and a run writes into its folder alone: remove it, or name another folder.")
 
 
 def _refuse_unless_told(output: Path, differing: set[str], resume: bool, overwrite: bool) -> None:

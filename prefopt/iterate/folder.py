@@ -5,18 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prefopt.errors import OutputError
-from prefopt.files import differences
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from prefopt.files import contents, differences, empty, locked
 
 CONFIG_FILE = "iterate.json"
 
@@ -58,32 +52,14 @@ def claimed(output: Path, config: Mapping[str, Any], *, resume: bool, overwrite:
         OutputError: it holds another loop, this one without `resume`, or something else; another process works in it; or it
             cannot be written.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output-dir {output} is a file; name a folder.")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
+        with locked(output):
             _prepare(output, json.loads(json.dumps(config)), resume, overwrite)
             yield
     except OSError as error:
         raise OutputError(
             f"{error.filename or output}: {error.strerror or error}; nothing that was finished is lost."
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise OutputError(f"another process works in {folder}: wait for it, or end it.") from error
-    finally:
-        os.close(handle)
 
 
 def _prepare(output: Path, config: Any, resume: bool, overwrite: bool) -> None:
@@ -100,14 +76,13 @@ def _prepare(output: Path, config: Any, resume: bool, overwrite: bool) -> None:
                 raise OutputError(
                     f"{output} holds a loop already: --resume goes on with it, --overwrite deletes it; or name another folder."
                 )
-        for path in output.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        empty(output)
     write_json(output / CONFIG_FILE, config)
 
 
 def _held(output: Path) -> Any:
     """The config of the loop in a folder; None for an empty folder. Raises OutputError when `iterate` did not write it."""
-    if not any(output.iterdir()):
+    if not contents(output):
         return None
     try:
         held = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))

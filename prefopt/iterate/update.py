@@ -19,6 +19,7 @@ from prefopt.cell import build_policies, build_stream, language_models
 from prefopt.data.records import Example
 from prefopt.errors import DataError, OutputError
 from prefopt.evaluate import measure_pairs
+from prefopt.files import staged_folder
 from prefopt.iterate.labels import Label
 from prefopt.iterate.options import TRAINING, LoopOptions, draw_seed
 from prefopt.iterate.rows import Labelled, make_examples
@@ -158,18 +159,15 @@ class Learner:
         )  # fmt: skip
         place = folder / TRAINING_FOLDER
         return fit(
-            self.policy, setting.loss, stream, self._options.optimization, logging=self._options.logging, folder=place,
-            resume=bool(checkpoint.list_checkpoints(place)), console=self._console, title=f"round {number}",
-            starts_at_reference=number == 1 or self._loop.reference == "round",
+            self.policy, setting.loss, stream, self._options.optimization, logging=self._options.logging,
+            recovery=self._options.recovery, folder=place, resume=bool(checkpoint.list_checkpoints(place)),
+            console=self._console, title=f"round {number}", starts_at_reference=number == 1 or self._loop.reference == "round",
         )  # fmt: skip
 
     def save(self, folder: Path) -> None:
         """The policy in the Hugging Face layout in folder/policy, whole or not at all."""
-        target, staged = folder / POLICY_FOLDER, folder / f".{POLICY_FOLDER}.partial"
-        for stale in (target, staged):
-            shutil.rmtree(stale, ignore_errors=True)
-        self.policy.save(staged)
-        staged.replace(target)
+        with staged_folder(folder / POLICY_FOLDER) as staged:
+            self.policy.save(staged)
 
     def _log_probs(self, reference: FrozenReference, folder: Path | None = None) -> ReferenceCache:
         return ReferenceCache(
