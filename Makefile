@@ -74,6 +74,14 @@ bench-speed: $(STAMP) ## steps, starts and sampling beside TRL and the machine's
 bench-mutants: $(STAMP) ## would the loss tests notice a slip in losses/? 200 small changes, of which 95% must be killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants --json runs/mutants.json
 
+.PHONY: faults
+faults: $(STAMP) ## the fault scoreboard: what goes wrong, and what users get; WORKERS=2, ROWS="5 6" for some
+	$(BIN)/python -m benchmarks.faults --json runs/faults.json $(if $(WORKERS),--workers $(WORKERS)) $(if $(ROWS),--rows $(ROWS),--markdown docs/faults.md)
+
+.PHONY: bench-kills
+bench-kills: $(STAMP) ## 200 kills at random moments over training, saving, rollouts and evaluation change nothing
+	$(BIN)/python -m benchmarks.kills --kills 200 --saves 50 --json runs/kills.json
+
 .PHONY: bench-hydra
 bench-hydra: $(STAMP) ## PPO's four roles on four models or one: peak memory, seconds a sample, reward; HH=folder for its prompts
 	$(BIN)/python -m benchmarks.hydra --model $(MODEL) $(if $(HH),--hh $(HH)) --json runs/hydra.json

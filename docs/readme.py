@@ -24,6 +24,7 @@ TOP = {
     "docs/design.md": "architecture and reasons",
     "docs/peers.md": "what other projects compute, and where this one differs on purpose",
     "docs/profile.md": "where a training step goes, and what bounds it",
+    "docs/faults.md": "what goes wrong, what users get then, and which tests show it: `make faults`",
     "docs/readme.py": "writes this tree and the tables of losses",
     "docs/loss_page.py": "writes docs/losses.md, every loss whole: `make docs`",
     "references.bib": "the papers",

@@ -18,6 +18,14 @@ LOCK = ".lock"
 """The file in a folder that the process which works there holds; it is let go of when the process ends, however it ends."""
 
 
+def parse_json(text: str | bytes) -> Any:
+    """A JSON text. Raises JSONDecodeError for one that is none, and for one whose brackets are nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise json.JSONDecodeError("brackets nested too deep", "", 0) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside its place and renames it; the folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)

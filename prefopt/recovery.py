@@ -21,7 +21,7 @@ class Recovery:
         skip_bad_steps: Updates whose loss or gradient is not finite and that are left out, with a message, before the run
             stops for one; 0 stops at the first. A GPU then waits for every step's numbers.
         on_out_of_memory: When a step does not fit into memory: stop says what to lower; halve makes its micro-batches, and
-            later ones of that size, again in halves. The update is the same up to rounding.
+            later ones of that size, again in halves. The update is the same up to rounding. Of one process only.
         reward_timeout: Seconds that a call of a reward function of your own may take; 0 waits for ever.
     """
 

@@ -33,6 +33,8 @@ CONFIG_FILE, POLICY_FOLDER = "config.json", "policy"
 # Pairs of the exact world that no study trains on: a study's seeds are small, and 1,000,000 is its reward model's.
 _EXACT_TEST_SEED = 2_000_000
 
+_ADAPTER = "adapter_model.safetensors"
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -166,6 +168,11 @@ def load_policy(source: Path | str, start: Any, cache: Path) -> tuple[Any, Any |
     if not (folder / "adapter_config.json").is_file():
         found = load_model(str(source), cache=cache, device=start.device, dtype=start.dtype)
         return found.model, found.tokenizer
+    if not (folder / _ADAPTER).is_file():
+        raise ConfigError(
+            f"{folder} holds no {_ADAPTER}: an adapter in another form may run code when it is read; save it anew where you "
+            "trust it (save_pretrained writes safetensors)."
+        )
     try:
         from peft import PeftModel
     except ImportError as error:

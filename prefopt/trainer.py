@@ -142,6 +142,8 @@ class _Run:
         self.policy, self.loss, self.stream, self.optimization = policy, loss, stream, optimization
         self.logging, self.folder, self.communicator, self.say = logging, folder, communicator, say
         self.recovery, self.halver = recovery, Halver(recovery.on_out_of_memory == "halve", say)
+        if recovery.on_out_of_memory == "halve" and communicator.world_size > 1:
+            raise ConfigError("on_out_of_memory halve is of one process: of several, those with room would wait for ever.")
         self.parameters = trainable_parameters(policy)
         if not self.parameters:
             raise ConfigError("the policy has no trainable parameter: every weight is frozen.")

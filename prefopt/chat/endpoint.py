@@ -25,7 +25,9 @@ from torch import Tensor
 from prefopt.chat.build import KEY_VARIABLE
 from prefopt.chat.protocol import ChatError, Conversation, Usage
 from prefopt.chat.replies import Reply, parse_reply, weigh
+from prefopt.data.rows import safe
 from prefopt.errors import ConfigError
+from prefopt.files import parse_json
 
 NO_LOGPROBS = "the endpoint gives no log-probabilities: answers are read from its words, so every label is 0 or 1"
 # How many alternatives are asked for: the interface's most, what some servers allow, none. A server says what it refuses.
@@ -142,7 +144,7 @@ class EndpointChat:
         path = self._path(body)
         if path is not None and path.exists():
             try:
-                reply = parse_reply(json.loads(path.read_text(encoding="utf-8"))["reply"])
+                reply = parse_reply(parse_json(path.read_text(encoding="utf-8"))["reply"])
             except (ValueError, KeyError, TypeError):
                 path.unlink(missing_ok=True)  # damaged: asked for again
             else:
@@ -173,18 +175,18 @@ class EndpointChat:
             try:
                 response = self._client.post(f"{self._url}/chat/completions", json=dialect.spoken(body))
                 if response.status_code == 200:
-                    found = json.loads(self._clean(response.text))
+                    found = parse_json(self._clean(response.text))
                     return found, parse_reply(found)
                 if response.status_code in (400, 422) and self._learn(dialect, body, response.text):
                     continue  # asked again at once, without what was refused
                 failure, wait = self._failure(response, index), _retry_after(response)
             except httpx2.RequestError as error:
-                failure = f"{type(error).__name__}: {self._clean(str(error)) or 'no reply'}"
+                failure = f"{type(error).__name__}: {self._words(str(error)) or 'no reply'}"
                 if isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol) and not self._answered:
                     message = f"{self._url}: cannot connect ({failure}). Is the server running, and the address right?"
                     raise ChatError(message) from None
             except ValueError as error:
-                failure = f"a reply that is no chat completion ({self._clean(str(error))})"
+                failure = f"a reply that is no chat completion ({self._words(str(error))})"
             if tries == self._retries:
                 raise ChatError(
                     f"{self._url}: conversation {index}: {failure}, after {tries + 1} tries. Replies so far are in the cache: "
@@ -201,7 +203,7 @@ class EndpointChat:
         Raises:
             ChatError: it is not.
         """
-        status, said = response.status_code, " ".join(self._clean(response.text).split())[:300] or "no words"
+        status, said = response.status_code, self._words(response.text) or "no words"
         if status in _AGAIN or status >= 500:
             return f"status {status} ({said})"
         if status in (401, 403):
@@ -225,6 +227,10 @@ class EndpointChat:
     def _clean(self, text: str) -> str:
         """A text of the endpoint without the key, which some echo."""
         return text.replace(self._key, "[key]") if self._key else text
+
+    def _words(self, text: str) -> str:
+        """A text of the endpoint for a message: on one line, and without what would steer a terminal."""
+        return safe(" ".join(self._clean(text).split()), 300)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from prefopt.cli.lookup import find_algorithm
 from prefopt.data.report import DataReport, render, render_plain
 from prefopt.environment import environment
 from prefopt.errors import ConfigError, OutputError
-from prefopt.files import contents, differences, empty, locked, staged_folder, write_json
+from prefopt.files import contents, differences, empty, locked, parse_json, staged_folder, write_json
 from prefopt.machine import standard_console
 from prefopt.options import Options, build_options, default_cache
 from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, Metric, save_rows
@@ -243,7 +243,7 @@ def _refuse_unless_told(output: Path, differing: set[str], resume: bool, overwri
 def _held(marker: Path) -> Any:
     """The config of the run in a folder. Raises OutputError when the folder is not one that `train` wrote."""
     try:
-        held = json.loads(marker.read_text(encoding="utf-8"))
+        held = parse_json(marker.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         held = None
     if not isinstance(held, dict) or "algorithm" not in held:

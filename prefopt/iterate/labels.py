@@ -18,6 +18,7 @@ from rich.console import Console
 
 from prefopt.data.exact_world.labels import LabelModel, parse_labels
 from prefopt.errors import ConfigError, OutputError, TrainingError
+from prefopt.files import parse_json
 from prefopt.iterate.options import LABELS, draws
 from prefopt.iterate.samples import Row
 from prefopt.rewards import RewardError, Scorer, score
@@ -96,7 +97,7 @@ class LabelBook:
         known = {row.id: len(row.completions) for row in self._rows}
         for number, text in enumerate(whole.splitlines(), start=1):
             try:
-                label = _read_label(json.loads(text))
+                label = _read_label(parse_json(text))
                 if label.id in self.labels or len(label.ranks) != known[label.id]:
                     raise ValueError("a second label of a row, or one of another number of completions")
             except (ValueError, KeyError, TypeError) as error:

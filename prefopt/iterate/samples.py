@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from prefopt.data.records import Example, Text
 from prefopt.errors import DataError, OutputError
+from prefopt.files import parse_json
 from prefopt.generate import Decoding, generate
 from prefopt.iterate.folder import write_lines
 from prefopt.models.causal_lm import CausalLMPolicy
@@ -148,7 +148,7 @@ def read_rows(folder: Path, origin: Origin | None = None) -> list[Row]:
     rows = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            line: dict[str, Any] = json.loads(text)
+            line: dict[str, Any] = parse_json(text)
             own = Origin(**line["sampling"])
             prompt = line["prompt"] if isinstance(line["prompt"], str) else tuple(line["prompt"])
             ids = tuple(map(tuple, line["completion_ids"]))

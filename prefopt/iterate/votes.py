@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -14,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prefopt.errors import DataError
+from prefopt.files import parse_json
 from prefopt.iterate.folder import write_text
 from prefopt.iterate.labels import Label, LabelBook
 from prefopt.iterate.options import SIDES, draws
@@ -122,7 +122,7 @@ def _lines(path: Path) -> list[str]:
 
 def _parse(text: str, where: str) -> Label:
     try:
-        vote: Any = json.loads(text)
+        vote: Any = parse_json(text)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}).") from error
     if not isinstance(vote, dict) or not isinstance(vote.get("id"), str):

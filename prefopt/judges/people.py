@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from prefopt.data.rows import BadRow, check_field
 from prefopt.errors import ConfigError, DataError, OutputError
+from prefopt.files import parse_json
 from prefopt.iterate.folder import write_lines
 from prefopt.iterate.labels import Label
 from prefopt.iterate.options import SAMPLES, SIDES, draws
@@ -105,7 +105,7 @@ def read_page(folder: Path) -> Page:
     rows, ours, pairs = [], [], []
     for number, text in enumerate(lines, start=1):
         try:
-            line: dict[str, Any] = json.loads(text)
+            line: dict[str, Any] = parse_json(text)
             (first, second), side = line["completions"], line["ours"]
             if side not in (0, 1):
                 raise ValueError(f"ours is {side!r}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import OutputError
+from prefopt.files import parse_json
 from prefopt.label.labellers import Judgement, Pair
 
 
@@ -77,7 +78,7 @@ class Book:
                 os.fsync(file.fileno())
         for number, line in enumerate(lines, start=1):
             try:
-                found = json.loads(line)
+                found = parse_json(line)
                 if found["id"] != self._ids[number - 1]:
                     raise ValueError("another row's")
                 self.judgements.append(_judgement(found))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from prefopt.decode import decode
 from prefopt.errors import DataError
-from prefopt.files import write_json
+from prefopt.files import parse_json, write_json
 
 if TYPE_CHECKING:
     from prefopt.report.grid import Grid
@@ -431,7 +431,7 @@ def _load_json(file: Path) -> Any:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where}: expected JSON, got something else at line {error.lineno}, column {error.colno}: {error.msg}."

@@ -43,6 +43,7 @@ def test_a_missing_file(train: Any, tmp_path: Path) -> None:
     refused(train(tmp_path / "absent.jsonl"), "absent.jsonl: no such file or folder")
 
 
+@pytest.mark.fault(15)
 def test_a_run_that_could_not_start_does_not_hold_its_folder(
     train: Any, cli: Any, tmp_path: Path, jsonl: Write, pairs: list[Any]
 ) -> None:
@@ -61,10 +62,12 @@ def test_another_kind_of_file(train: Any, tmp_path: Path) -> None:
     refused(train(tmp_path / "pairs.csv"), "expected a file that ends in .jsonl")
 
 
+@pytest.mark.fault(20)
 def test_wrong_columns(train: Any, jsonl: Write) -> None:
     refused(train(jsonl([{"question": "a", "better": "b", "worse": "c"}])), "no usable row", "question", "better")
 
 
+@pytest.mark.fault(21)
 def test_mixed_formats(train: Any, jsonl: Write, pairs: list[Any]) -> None:
     chat = {key: [{"role": "user", "content": "a"}, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
     refused(train(jsonl([*pairs[:3], chat])), "pairs.jsonl:4", "one format per file")
@@ -79,6 +82,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[reason for _, reason in BAD_ROWS])
+@pytest.mark.fault(16, 17, 22)
 def test_bad_rows_are_counted_or_stop_the_run(
     train: Any, cli: Any, jsonl: Write, pairs: list[Any], row: Any, reason: str
 ) -> None:
@@ -92,6 +96,7 @@ def test_bad_rows_are_counted_or_stop_the_run(
     assert "Records: 200 " in report.flat
 
 
+@pytest.mark.fault(16, 22)
 def test_bad_rows_do_not_stop_training(train: Any, jsonl: Write, pairs: list[Any], tmp_path: Path) -> None:
     done = train(jsonl([*pairs, *(row for row, _ in BAD_ROWS)]))
     assert done.code == 0, done.err
@@ -101,6 +106,7 @@ def test_bad_rows_do_not_stop_training(train: Any, jsonl: Write, pairs: list[Any
     assert "Rows left out" in (tmp_path / "run" / "data_report.txt").read_text()
 
 
+@pytest.mark.fault(17)
 def test_completions_that_truncation_makes_identical(
     train: Any, cli: Any, jsonl: Write, pairs: list[Any], tiny_model: Path
 ) -> None:
@@ -112,6 +118,7 @@ def test_completions_that_truncation_makes_identical(
     refused(train(only, "--max-completion-length", 2), "identical after truncation")
 
 
+@pytest.mark.fault(18)
 def test_prompts_longer_than_the_limit_are_cut_and_counted(train: Any, jsonl: Write, pairs: list[Any], tmp_path: Path) -> None:
     done = train(jsonl([{**row, "prompt": row["prompt"] + "a b c d " * 10} for row in pairs]), "--max-length", 20)
     assert done.code == 0, done.err
@@ -125,6 +132,7 @@ def test_too_few_rows_for_the_roles(train: Any, jsonl: Write, pairs: list[Any]) 
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.fault(27)
 def test_an_unknown_algorithm_and_a_peers_name(cli: Any, tmp_path: Path, command: str) -> None:
     refused(cli(command, "ipoo", "--output-dir", tmp_path / "run"), "unknown algorithm 'ipoo'", "did you mean 'ipo'?")
     refused(cli(command, "sigmoid", "--output-dir", tmp_path / "run"), "peers' 'sigmoid' is 'dpo' here")
@@ -145,6 +153,7 @@ def test_a_loss_whose_tensors_nothing_provides(cli: Any, tmp_path: Path) -> None
     refused(answer, "'adrift' cannot be trained alone: it needs advantages, but names no advantage function")
 
 
+@pytest.mark.fault(27)
 def test_unknown_options(cli: Any) -> None:
     refused(cli("train", "dpo", "--learning-rat", 1), "dpo has no option --learning-rat", "did you mean 'learning_rate'?")
     refused(cli("train", "ipo", "--beta=1"), "peers' 'beta' is 'tau' here")
@@ -167,6 +176,7 @@ def test_an_unknown_command(cli: Any) -> None:
         (("--batch-size", "0"), "batch_size must be at least 1"),
     ],
 )
+@pytest.mark.fault(27)
 def test_values_of_another_type_or_out_of_range(cli: Any, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
     refused(cli("train", "dpo", *flags, "--output-dir", tmp_path / "run"), message)
     assert not (tmp_path / "run").exists()
@@ -178,6 +188,7 @@ def test_no_output_folder(cli: Any) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.fault(15)
 def test_a_folder_that_is_not_a_runs(cli: Any, tmp_path: Path, command: str) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for flags in ((), ("--overwrite",)):
@@ -200,6 +211,7 @@ def test_a_model_folder_that_does_not_exist(train: Any, jsonl: Write, pairs: lis
     refused(train(jsonl(pairs), model="no such model"), "no local file or folder", "--model FOLDER")
 
 
+@pytest.mark.fault(29)
 def test_an_unreachable_hub_is_named_at_once_with_the_local_way(
     train: Any, jsonl: Write, pairs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

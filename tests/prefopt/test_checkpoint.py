@@ -88,6 +88,7 @@ def test_tuples_come_back_as_lists_and_other_types_are_refused(tmp_path: Path) -
     assert names(tmp_path) == ["checkpoint-1"]
 
 
+@pytest.mark.fault(12)
 def test_nothing_is_pickled(tmp_path: Path) -> None:
     """Three files: a safetensors file (a JSON header behind its length) and two of JSON."""
     (path,) = saved(tmp_path, 1)
@@ -127,6 +128,7 @@ def fail_on_call(function: Callable[..., Any], number: int) -> Callable[..., Any
 
 
 @pytest.mark.parametrize(("name", "call"), [("replace", 1), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4)])
+@pytest.mark.fault(5)
 def test_a_full_disk_leaves_the_earlier_checkpoint(
     name: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     assert_same(found[1], tree_of(1))
 
 
+@pytest.mark.fault(1)
 def test_writing_a_step_again_never_leaves_the_folder_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash while the only checkpoint is being replaced leaves the old one or the new one."""
     saved(tmp_path, 1)
@@ -161,6 +164,7 @@ def test_writing_a_step_again_never_leaves_the_folder_without_it(tmp_path: Path,
     assert_same(checkpoint.load(tmp_path / "checkpoint-1")[1], tree_of(5))
 
 
+@pytest.mark.fault(5)
 def test_a_writer_of_tensors_that_fails_is_reported_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors has an exception of its own for a full disk; here it is asked to write where no folder is."""
     saved(tmp_path, 1)
@@ -172,6 +176,7 @@ def test_a_writer_of_tensors_that_fails_is_reported_too(tmp_path: Path, monkeypa
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+@pytest.mark.fault(1)
 def test_a_killed_writer_leaves_only_what_is_swept_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A KeyboardInterrupt stands for SIGKILL: no handler of ours runs for it."""
     saved(tmp_path, 1)
@@ -206,6 +211,7 @@ def damage_remove(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_flip, damage_truncate, damage_remove])
 @pytest.mark.parametrize("name", FILES[:2])
+@pytest.mark.fault(6, 7)
 def test_damage_is_found_and_the_one_before_it_is_used(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     damage(tmp_path / "checkpoint-2" / name)
@@ -219,6 +225,22 @@ def test_damage_is_found_and_the_one_before_it_is_used(damage: Callable[[Path], 
     assert "Falling back to the checkpoint before it" in said[0]
 
 
+@pytest.mark.parametrize("contents", [{}, {"manifest.json": ""}, {"manifest.json": "{}"}, {"manifest.json": "[1"}])
+@pytest.mark.fault(7)
+def test_a_folder_that_is_no_checkpoint_is_passed_over(contents: dict[str, str], tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    (tmp_path / "checkpoint-2").mkdir()
+    for name, text in contents.items():
+        (tmp_path / "checkpoint-2" / name).write_text(text)
+    said: list[str] = []
+    found = checkpoint.load_latest(tmp_path, said.append)
+    assert found is not None
+    assert found[0] == 1
+    assert len(said) == 1
+    assert "checkpoint-2" in said[0]
+
+
+@pytest.mark.fault(6)
 def test_safetensors_alone_would_load_the_flipped_byte(tmp_path: Path) -> None:
     """Why there are checksums."""
     (path,) = saved(tmp_path, 1)
@@ -230,6 +252,7 @@ def test_safetensors_alone_would_load_the_flipped_byte(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+@pytest.mark.fault(6, 7)
 def test_any_flipped_bit_of_the_manifest_is_found_or_harmless(tmp_path: Path) -> None:
     """Every byte, one bit: the loader refuses, or gives exactly what was written; no other exception comes out."""
     (path,) = saved(tmp_path, 1)
@@ -246,6 +269,7 @@ def test_any_flipped_bit_of_the_manifest_is_found_or_harmless(tmp_path: Path) ->
     assert refused > 0.8 * len(good)
 
 
+@pytest.mark.fault(6, 7)
 def test_damaged_checkpoints_do_not_drive_out_the_last_good_one(tmp_path: Path) -> None:
     """Ten and later are damaged after they were written: by number alone, saving 40 would leave 30 and 40."""
     saved(tmp_path, 0, 10, 20, 30, keep=2)
@@ -261,6 +285,7 @@ def test_damaged_checkpoints_do_not_drive_out_the_last_good_one(tmp_path: Path) 
     assert names(tmp_path) == ["checkpoint-50", "checkpoint-60"]
 
 
+@pytest.mark.fault(1)
 def test_a_writer_killed_while_it_replaces_a_step_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 1)
     replace, calls = os.replace, iter(range(9))
@@ -280,6 +305,7 @@ def test_a_writer_killed_while_it_replaces_a_step_leaves_the_old_one(tmp_path: P
     assert_same(found[1], tree_of(1))
 
 
+@pytest.mark.fault(5)
 def test_space_is_looked_at_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
@@ -291,6 +317,7 @@ def test_space_is_looked_at_before_anything_is_written(tmp_path: Path, monkeypat
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
 
 
+@pytest.mark.fault(7)
 def test_when_no_checkpoint_verifies_the_run_stops(tmp_path: Path) -> None:
     """Starting silently from step 0 would overwrite what can perhaps be saved."""
     for path in saved(tmp_path, 1, 2):
@@ -308,6 +335,7 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> No
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "inner/state.json"])
+@pytest.mark.fault(14)
 def test_a_manifest_cannot_name_files_elsewhere(name: str, tmp_path: Path) -> None:
     (tmp_path / "outside.json").write_text("{}")
     (path,) = saved(tmp_path, 1)

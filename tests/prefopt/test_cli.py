@@ -20,6 +20,7 @@ from losses.laws import LAWS
 from prefopt import __version__, algorithms
 from prefopt.cli import INTERRUPTED, main, train
 from prefopt.errors import ConfigError
+from prefopt.files import contents, locked
 from prefopt.study import study_of
 
 # Small, and large enough for a last step that is not the first.
@@ -73,6 +74,7 @@ def test_every_flag_of_every_algorithm_is_in_its_help(cli: Any, name: str) -> No
     assert cli("train", "--help").flat.count(f" {name} ") >= 1
 
 
+@pytest.mark.fault(15)
 def test_train_leaves_everything_in_its_folder(cli: Any, tmp_path: Path) -> None:
     """Also: finished runs resume as a no-op, and neither another run nor this one again is started in it."""
     run = tmp_path / "run"
@@ -106,6 +108,7 @@ def test_train_leaves_everything_in_its_folder(cli: Any, tmp_path: Path) -> None
     assert (run / "result.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.fault(15)
 def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train.claim(run, {"algorithm": "dpo"}, resume=False, overwrite=False)
@@ -119,6 +122,34 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "own" / "thesis.tex").read_text() == "years"
 
 
+@pytest.mark.fault(15)
+def test_two_processes_do_not_share_a_run(cli: Any, tmp_path: Path) -> None:
+    """The second is refused whatever it is told, and the folder is as it was; the lock is no part of a run."""
+    run = tmp_path / "run"
+    with locked(run):
+        for flags in ((), ("--resume",), ("--overwrite",)):
+            refused = cli("train", "dpo", *TINY, "--output-dir", run, *flags)
+            assert refused.code == 2
+            assert f"another process works in {run}: wait for it, end it, or name another folder." in refused.err
+        assert contents(run) == []
+    train.claim(run, {"algorithm": "dpo"}, resume=False, overwrite=False)
+    assert [path.name for path in contents(run)] == ["config.json"]
+
+
+def test_what_changes_no_number_may_be_otherwise_when_a_run_goes_on(tmp_path: Path) -> None:
+    def config(**recovery: Any) -> dict[str, Any]:
+        return {"algorithm": "dpo", "logging": {"keep": len(recovery) + 1, "log_every": 1}, "recovery": recovery}
+
+    train.claim(tmp_path, config(), resume=False, overwrite=False)
+    (tmp_path / "metrics.jsonl").write_text("")
+    train.claim(tmp_path, config(skip_bad_steps=3), resume=True, overwrite=False)
+    assert json.loads((tmp_path / "config.json").read_text()) == config(skip_bad_steps=3)
+    other = {**config(), "logging": {"keep": 1, "log_every": 2}}
+    with pytest.raises(train.OutputError, match=r"other options \(logging\.log_every\)"):
+        train.claim(tmp_path, other, resume=True, overwrite=False)
+
+
+@pytest.mark.fault(8)
 def test_an_interrupted_run_goes_on_to_the_same_weights(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by ctrl-C after step 2 of 4; the seams of the run do not show."""
     from prefopt import trainer

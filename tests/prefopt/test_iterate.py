@@ -171,6 +171,7 @@ def test_a_finished_loop_is_not_run_again_and_goes_on_with_more_rounds(whole: Pa
 
 
 @pytest.mark.parametrize("cut", ["labels", "policy", pytest.param("training", marks=pytest.mark.slow)])
+@pytest.mark.fault(2)
 def test_what_a_crash_left_out_is_made_up_bit_by_bit(whole: Path, shared_cache: Path, tmp_path: Path, cut: str) -> None:
     """As if the process had ended in the middle of round 2: what is made again equals what was there."""
     folder = tmp_path / "cut"
@@ -425,6 +426,7 @@ def test_samples_of_other_weights_are_refused(tmp_path: Path) -> None:
         read_rows(tmp_path, Origin("abd", 0.7, 0.9, 16, 3))
 
 
+@pytest.mark.fault(15)
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
         claimed(tmp_path / "loop", {"loop": 1}, resume=False, overwrite=False),

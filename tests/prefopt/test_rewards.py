@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from prefopt.errors import ConfigError, PrefoptError, TrainingError
 from prefopt.models.causal_lm import CausalLMPolicy
 from prefopt.models.lora import LoRA
 from prefopt.options import DataOptions, EvaluationOptions, ModelOptions, Options, RewardOptions, SupervisedOptions
+from prefopt.recovery import Recovery
 from prefopt.rewards import EnsembleScorer, RewardError, RewardModelScorer, check_scores, score
 from prefopt.rewards.build import Reward, build_reward, member_seed
 from prefopt.rewards.figures import reliability_png
@@ -102,6 +104,7 @@ FAILURES: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
+@pytest.mark.fault(30)
 def test_a_function_that_fails_stops_with_the_prompt_and_what_to_do(kind: str) -> None:
     function, message = FAILURES[kind]
     with pytest.raises(TrainingError, match=message) as caught:
@@ -116,6 +119,7 @@ def test_what_a_function_raised_is_kept() -> None:
     assert caught.value.index == 1
 
 
+@pytest.mark.fault(30)
 def test_a_function_that_fails_on_batches_only() -> None:
     def pairs_only(prompts: list[Any], completions: list[str]) -> list[float]:
         if len(prompts) > 1:
@@ -128,6 +132,52 @@ def test_a_function_that_fails_on_batches_only() -> None:
         score(FunctionScorer(pairs_only), PROMPTS, TEXTS, IDS)
 
 
+@pytest.mark.fault(30)
+def test_a_function_that_hangs_names_the_prompt() -> None:
+    def hangs(prompts: list[Any], completions: list[str]) -> list[float]:
+        if "bb" in completions:
+            time.sleep(60)
+        return length(prompts, completions)
+
+    begin = time.monotonic()
+    with pytest.raises(RewardError, match=r"prompt x:2 \(index 1 .*hangs.* was not done after 0\.2 seconds.*--reward-timeout"):
+        score(FunctionScorer(hangs, timeout=0.2), PROMPTS, TEXTS, IDS)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.fault(30)
+def test_a_function_that_is_slow_on_batches_only() -> None:
+    def slow(prompts: list[Any], completions: list[str]) -> list[float]:
+        time.sleep(2.0 if len(prompts) > 1 else 0.0)
+        return length(prompts, completions)
+
+    with pytest.raises(TrainingError, match=r"not done with 3 completions together after 0\.5 seconds, but with each alone"):
+        score(FunctionScorer(slow, timeout=0.5), PROMPTS, TEXTS, IDS)
+    assert score(FunctionScorer(slow, timeout=30), PROMPTS[:1], TEXTS[:1], IDS[:1]).tolist() == length(PROMPTS[:1], TEXTS[:1])
+
+
+def test_what_a_function_in_time_raises_is_its_own_and_gradients_stay_off() -> None:
+    with pytest.raises(RewardError, match="raised KeyError") as caught:
+        score(FunctionScorer(raising, timeout=30), PROMPTS, TEXTS, IDS)
+    assert isinstance(caught.value.__cause__, KeyError)
+    seen: list[bool] = []
+
+    def looks(prompts: list[Any], completions: list[str]) -> list[float]:
+        seen.append(torch.is_grad_enabled())
+        return length(prompts, completions)
+
+    with torch.no_grad():
+        score(FunctionScorer(looks, timeout=30), PROMPTS, TEXTS, IDS)
+    score(FunctionScorer(looks, timeout=30), PROMPTS, TEXTS, IDS)
+    assert seen == [False, True]
+
+
+def test_a_timeout_is_of_functions_alone() -> None:
+    with pytest.raises(ConfigError, match="reward_timeout is of reward functions of your own"):
+        Options(recovery=Recovery(reward_timeout=3.0))
+
+
+@pytest.mark.fault(30)
 def test_any_scorer_is_checked() -> None:
     with pytest.raises(TrainingError, match=r"shape \[2\] for 3 completions, the first of which is of prompt x:1"):
         score(lambda prompts, completions: torch.zeros(2), PROMPTS, TEXTS, IDS)
@@ -403,6 +453,7 @@ def test_a_trained_reward_model_is_a_reward(cli: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_world")
+@pytest.mark.fault(30)
 def test_a_reward_that_fails_stops_the_run(cli: Any, tmp_path: Path) -> None:
     function = tmp_path / "mine.py"
     function.write_text("def bad(prompts, completions):\n    return [float('nan') for _ in completions]\n")
@@ -522,5 +573,6 @@ def test_the_record_is_shown_and_drawn() -> None:
     assert reliability_png(quality(torch.tensor([1.0]), lengths(1)), "one pair").startswith(b"\x89PNG")
 
 
+@pytest.mark.fault(30)
 def test_errors_of_rewards_stop_a_run_with_exit_code_1() -> None:
     assert (RewardError.exit_code, issubclass(RewardError, PrefoptError)) == (1, True)

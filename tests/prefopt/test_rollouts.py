@@ -400,6 +400,7 @@ def flatten(step: list[PackedBatch]) -> list[Any]:
 
 @pytest.mark.parametrize("made", [1, 3, 4])
 @pytest.mark.parametrize(("top_p", "samples"), [(1.0, 1), (0.8, 1), (0.8, 3)])
+@pytest.mark.fault(2)
 def test_state_in_the_middle_of_a_buffer(made: int, top_p: float, samples: int, tmp_path: Path) -> None:
     """Saved to disk after 1, 3 or 4 of the 4 steps on a buffer: what follows, later buffers included, is equal bit for bit."""
     hyper = {"rollout_size": 12, "ppo_epochs": 2, "top_p": top_p, "samples_per_prompt": samples}
@@ -421,6 +422,7 @@ def test_state_in_the_middle_of_a_buffer(made: int, top_p: float, samples: int, 
     assert (theirs.sampled, theirs.generated_tokens) == (mine.sampled, mine.generated_tokens)
 
 
+@pytest.mark.fault(30)
 def test_scorer_errors_name_the_prompt() -> None:
     policy, reference = build_pair()
     examples = prompts(3)
@@ -608,6 +610,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.fault(2)
 def test_kill_9_and_resume_ppo_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     """SIGKILL of another process between two samplings; this process goes on: metrics and weights equal bit for bit."""
     ppo_run(steps=12, dtype=torch.float32, folder=tmp_path / "whole")
@@ -634,6 +637,7 @@ class Interrupted(Exception):
     """Stands for a crash."""
 
 
+@pytest.mark.fault(2)
 def test_dpo_with_dropout_resumes_on_the_same_masks(tmp_path: Path) -> None:
     """Attention and residual dropout draw from torch's generator: its state is part of the checkpoint."""
     config = transformers.GPT2Config(

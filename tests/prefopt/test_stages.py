@@ -165,6 +165,7 @@ def lose_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [damage_weights, damage_facts, lose_weights])
+@pytest.mark.fault(6, 7)
 def test_a_damaged_stage_is_trained_again(tmp_path: Path, trainings: list[str], harm: Callable[[Path], None]) -> None:
     """A flipped bit would be loaded silently, and shared by every cell."""
     first, second, third = build_model(), build_model(), build_model()

@@ -26,6 +26,7 @@ GRIDWORLD = (
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.fault(8)
 def test_a_signal_ends_a_run_after_its_step_and_resuming_hides_it(
     number: int, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ def test_signals_keep_their_meaning_outside_a_run_and_in_threads() -> None:
     assert seen == before
 
 
+@pytest.mark.fault(8)
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     program = """
         import os, signal, time

@@ -69,6 +69,7 @@ def names(count: int) -> list[str]:
     return sorted(f"row:{i}" for i in range(count))
 
 
+@pytest.mark.fault(3)
 def test_every_epoch_holds_every_row_once_and_steps_are_full() -> None:
     """10 rows, 25 asked for: 7 steps of 4 run over the end of epochs without a gap."""
     stream = OfflineStream(Lazy(10), kind="pairs", budget=Budget(batch_size=4, epochs=2.5, seed=3))
@@ -153,6 +154,7 @@ def test_both_ways_give_the_same_batches_at_the_same_cost(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("done", [1, 4])
+@pytest.mark.fault(3)
 def test_a_resumed_stream_goes_on_exactly_and_costs_what_the_whole_costs(mode: Any, done: int) -> None:
     """Step 4 lies in the second epoch."""
     budget = Budget(batch_size=4, epochs=2, reference_pass=mode)

@@ -70,6 +70,7 @@ def test_completions_follow_one_prompt_and_end_with_eos() -> None:
     assert example.labels == PAIR
 
 
+@pytest.mark.fault(24)
 def test_a_merge_over_the_boundary_moves_the_end_of_the_prompt_into_every_completion() -> None:
     """ "ca" + "b" is [c, ab]: the prompt that both completions share is [c], and "a" is scored with them."""
     result = tokenize([record("ca", "b", "d"), record("c", "d", "b")], letters(), max_length=10)
@@ -79,6 +80,7 @@ def test_a_merge_over_the_boundary_moves_the_end_of_the_prompt_into_every_comple
     assert result.report.boundary_merges == 1
 
 
+@pytest.mark.fault(24)
 def test_a_prompt_that_merges_away_is_dropped_with_its_reason() -> None:
     result = tokenize([record("a", "b", "d"), record("c", "b", "d", name="f:2")], letters(), max_length=10)
     assert [example.id for example in result.examples] == ["f:2"]
@@ -92,6 +94,7 @@ def test_a_prompt_that_merges_away_is_dropped_with_its_reason() -> None:
     prompt=st.text(alphabet="abcd ", max_size=8),
     completions=st.lists(st.text(alphabet="abcd ", max_size=8), min_size=1, max_size=4),
 )
+@pytest.mark.fault(24)
 def test_prompt_and_completion_are_always_the_tokens_of_the_whole_text(prompt: str, completions: list[str]) -> None:
     """The law of the boundary: nothing is lost, doubled or tokenised otherwise; with a BOS every prompt is usable."""
     tokenizer = letters(bos=True)
@@ -106,6 +109,7 @@ def test_prompt_and_completion_are_always_the_tokens_of_the_whole_text(prompt: s
     rows=st.lists(st.tuples(*[st.text(alphabet="bcd", min_size=1, max_size=9)] * 3), min_size=1, max_size=4),
     limits=st.integers(2, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))),
 )
+@pytest.mark.fault(18)
 def test_limits_hold_and_what_was_cut_is_counted(rows: Sequence[tuple[str, str, str]], limits: tuple[int, int]) -> None:
     """Without merges a token is a letter, so lengths can be counted by hand; unpaired labels, so that nothing is dropped."""
     max_length, limit = limits
@@ -123,6 +127,7 @@ def test_limits_hold_and_what_was_cut_is_counted(rows: Sequence[tuple[str, str, 
     assert (result.report.prompt_tokens_cut, result.report.completion_tokens_cut) == (prompts, completions)
 
 
+@pytest.mark.fault(18)
 def test_truncation_cuts_completions_on_the_right_and_the_prompt_for_the_longest() -> None:
     result = tokenize([record("bcdbcd", "dddddd", "c")], letters(), max_length=7, max_completion_length=4)
     [example] = result.examples
@@ -133,6 +138,7 @@ def test_truncation_cuts_completions_on_the_right_and_the_prompt_for_the_longest
     assert (report.completions_truncated, report.completion_tokens_cut) == (1, 3)
 
 
+@pytest.mark.fault(18)
 def test_without_a_completion_limit_one_prompt_token_stays() -> None:
     [example] = tokenize([record("bcd", "dddddd", "c")], letters(), max_length=4).examples
     assert (example.prompt_ids, example.completion_ids[0]) == (ids("d"), ids("ddd"))
@@ -146,6 +152,7 @@ def test_a_bos_that_the_tokenizer_adds_stays_when_the_prompt_is_cut() -> None:
     assert example.prompt_ids == ids("d")
 
 
+@pytest.mark.fault(17)
 def test_pairs_that_truncation_makes_identical_are_dropped_and_counted() -> None:
     rows = [record("c", "ddb", "ddc"), record("c", "b", "d", name="f:2")]
     result = tokenize(rows, letters(), max_length=4, max_completion_length=2)
@@ -156,6 +163,7 @@ def test_pairs_that_truncation_makes_identical_are_dropped_and_counted() -> None
     assert len(tokenize(unpaired, letters(), max_length=4, max_completion_length=2).examples) == 1
 
 
+@pytest.mark.fault(18)
 def test_nothing_left_is_an_error_with_the_counts() -> None:
     with pytest.raises(DataError, match=r"1 x identical after tokenising \(f:1\)"):
         tokenize([record("c", "d", "d")], letters(), max_length=4)
@@ -166,6 +174,7 @@ def test_an_empty_completion_is_eos_alone() -> None:
     assert example.completion_ids == (ids("$"), ids("d$"))
 
 
+@pytest.mark.fault(23)
 def test_eos_is_scored_once_even_if_the_text_brings_it_and_pad_is_the_same_id() -> None:
     tokenizer = letters()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -179,6 +188,7 @@ def test_eos_inside_the_prompt_is_an_ordinary_token() -> None:
     assert result.report.lengths["prompt"].max == 3
 
 
+@pytest.mark.fault(23)
 def test_a_tokenizer_without_eos_is_refused() -> None:
     with pytest.raises(ConfigError, match="no EOS token"):
         tokenize([record("c", "d", "b")], letters(eos_token=None, pad_token=None), max_length=8)
@@ -260,6 +270,7 @@ def test_lengths_and_the_baseline_are_reported_in_tokens() -> None:
     assert report.as_dict()["lengths"]["chosen"]["max"] == 6
 
 
+@pytest.mark.fault(23)
 def test_check_vocabulary_names_record_and_id() -> None:
     examples = tokenize([record("c", "d", "b")], letters(), max_length=8).examples
     check_vocabulary(examples, VOCABULARY["<eos>"] + 1)

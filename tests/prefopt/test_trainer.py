@@ -157,6 +157,7 @@ def test_training_in_the_middle_of_an_evaluation() -> None:
     assert not torch.equal(inner.heads["reward"].weight, before)
 
 
+@pytest.mark.fault(26)
 def test_a_wrong_reference_stops_at_the_first_step() -> None:
     """Reference log-probs of other weights: the error names the likely causes, and no parameter has moved."""
     setting = algorithms.get("dpo").setting()
@@ -170,6 +171,7 @@ def test_a_wrong_reference_stops_at_the_first_step() -> None:
         assert value.equal(before[key])
 
 
+@pytest.mark.fault(10)
 def test_a_non_finite_gradient_stops_before_the_update() -> None:
     """A NaN weight: the message names the step and the rows; every other parameter is as it was."""
     setting = algorithms.get("cpl").setting()
@@ -402,6 +404,7 @@ def launch(name: str, folder: Path, pause: float = 0.0) -> subprocess.Popen[byte
 
 
 @pytest.mark.parametrize("name", ["dpo", "cpl_bc"])
+@pytest.mark.fault(2)
 def test_kill_9_and_resume_equals_the_uninterrupted_run(name: str, tmp_path: Path) -> None:
     """SIGKILL in mid-run, then the same command again: metrics are equal bit for bit but for timings, weights too."""
     from prefopt.runlog import read_lines
@@ -440,6 +443,7 @@ def test_metrics_are_valid_json_lines(tmp_path: Path) -> None:
     assert "eval/x" in lines[-1]
 
 
+@pytest.mark.fault(15)
 def test_a_folder_with_checkpoints_is_resumed_or_refused(tmp_path: Path) -> None:
     """A new run in an old run's folder, or a resumed one with another learning rate, must not mix two runs."""
 
@@ -521,6 +525,7 @@ def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
         {"logging": Logging(log_every=0), "evaluate": dict, "evaluate_at": (4,)},
     ],
 )
+@pytest.mark.fault(10)
 def test_a_deferred_check_stops_all_updates_and_names_the_first_bad_step(options: dict[str, Any], tmp_path: Path) -> None:
     """Step 3 is bad and found at a log line, checkpoint or evaluation later: the weights are those of two steps."""
     policy = tiny_policy()
@@ -546,6 +551,7 @@ def test_deferring_the_check_changes_no_number(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.fault(10)
 def test_a_skipped_update_leaves_the_optimizer_alone(deferred: bool) -> None:
     """Infinite gradient in step 2: neither moments nor step counts move, then or in the good step after it."""
     weight = torch.nn.Parameter(torch.ones(3))
@@ -598,6 +604,7 @@ def test_steps_are_made_ahead_where_the_stream_allows_it(tmp_path: Path) -> None
     assert equal_weights(policy, short_run(OfflineStream)[0])
 
 
+@pytest.mark.fault(3)
 def test_a_run_that_is_a_step_ahead_resumes_where_it_was(tmp_path: Path) -> None:
     """A checkpoint holds the position of the step that was trained, not of the one that was fetched."""
 

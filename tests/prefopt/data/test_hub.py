@@ -25,6 +25,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.mark.fault(29)
 def test_a_hub_that_does_not_answer_fails_within_two_seconds(online: pytest.MonkeyPatch) -> None:
     """A local port that accepts connections and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -35,6 +36,7 @@ def test_a_hub_that_does_not_answer_fails_within_two_seconds(online: pytest.Monk
         assert time.monotonic() - begin < 2
 
 
+@pytest.mark.fault(29)
 def test_a_name_lookup_that_hangs_fails_as_fast(online: pytest.MonkeyPatch) -> None:
     """Name resolution takes no timeout, so the probe must not wait for it."""
     release = threading.Event()
@@ -51,6 +53,7 @@ def test_a_name_lookup_that_hangs_fails_as_fast(online: pytest.MonkeyPatch) -> N
     assert time.monotonic() - begin < 2
 
 
+@pytest.mark.fault(29)
 def test_a_hub_that_refuses_connections_is_named(online: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -108,6 +111,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.Mo
         load(["owner/name"])
 
 
+@pytest.mark.fault(29)
 def test_what_exists_locally_is_not_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "owner" / "name" / "a.jsonl").write_text(json.dumps(ROW))

@@ -38,12 +38,14 @@ def test_shares_are_met_within_four_standard_errors() -> None:
         assert abs(split.report.rows[role] / n - share) < 4 * math.sqrt(share * (1 - share) / n)
 
 
+@pytest.mark.fault(25)
 def test_rows_of_one_key_share_a_role() -> None:
     split = split_roles([record(f"key {i % 20}", i) for i in range(200)])
     assert sum(split.report.keys.values()) == 20
     assert split.report.shared_keys == 0
 
 
+@pytest.mark.fault(25)
 def test_official_test_rows_are_the_test_role_and_their_keys_leave_the_others() -> None:
     train = [record(f"key {i}") for i in range(300)]
     official = [record(f"key {i}", test=True) for i in range(290, 310)]
@@ -79,11 +81,13 @@ def test_sources_with_and_without_a_test_split_stay_disjoint() -> None:
     assert split.report.shared_keys == 0
 
 
+@pytest.mark.fault(25)
 def test_a_key_in_two_roles_is_an_error_that_names_rows() -> None:
     with pytest.raises(DataError, match=r"1 first turns .* s:k:1:False \(policy\) and s:k:2:False \(judge\)"):
         verify_disjoint({"policy": [record("k", 1)], "judge": [record("k", 2), record("k", 3)]})
 
 
+@pytest.mark.fault(25)
 def test_near_duplicates_ignore_case_punctuation_and_spacing() -> None:
     found = near_duplicates(
         {"policy": [record("What's up?"), record("...")], "test": [record("whats  UP"), record("!!!")], "judge": []}

@@ -44,6 +44,7 @@ def test_a_file_is_read_with_line_numbers_and_blank_lines(tmp_path: Path, name: 
     assert loaded.report.sources[0].files[0].rows == 2
 
 
+@pytest.mark.fault(16, 17, 19, 22)
 def test_every_kind_of_bad_row_is_dropped_counted_and_named(tmp_path: Path) -> None:
     rows = [
         GOOD,
@@ -70,6 +71,7 @@ def test_every_kind_of_bad_row_is_dropped_counted_and_named(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.fault(16)
 def test_on_bad_row_error_stops_at_the_row(tmp_path: Path) -> None:
     source = write(tmp_path / "set" / "a.jsonl", [GOOD, {**GOOD, "chosen": ""}])
     with pytest.raises(DataError, match=r"^set/a\.jsonl:2: empty completion"):
@@ -87,6 +89,7 @@ _ROW = st.one_of(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=st.lists(_ROW, max_size=8))
+@pytest.mark.fault(22)
 def test_whatever_the_rows_every_row_is_kept_or_counted(rows: list[Any]) -> None:
     """Rows are drawn at random; the only way not to be counted is a format mixed into another, which is an error."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,6 +111,7 @@ def test_whatever_the_rows_every_row_is_kept_or_counted(rows: list[Any]) -> None
         assert record.key.encode()
 
 
+@pytest.mark.fault(21)
 def test_mixed_formats_stop_with_the_row_whatever_on_bad_row_says(tmp_path: Path) -> None:
     chat = [{"role": "assistant", "content": "x"}]
     source = write(tmp_path / "set" / "a.jsonl", [GOOD, GOOD, {"prompt": "p", "chosen": chat, "rejected": chat}])
@@ -115,6 +119,7 @@ def test_mixed_formats_stop_with_the_row_whatever_on_bad_row_says(tmp_path: Path
         load([source])
 
 
+@pytest.mark.fault(20, 22)
 def test_a_source_without_a_usable_row_shows_the_counts(tmp_path: Path) -> None:
     source = write(tmp_path / "set" / "a.jsonl", [{"question": "q"}, {"question": "r"}])
     with pytest.raises(
@@ -127,6 +132,7 @@ def test_a_source_without_a_usable_row_shows_the_counts(tmp_path: Path) -> None:
         load([write(tmp_path / "empty.jsonl", [])], on_bad_row="error")
 
 
+@pytest.mark.fault(22)
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-9])
@@ -153,6 +159,7 @@ def test_a_folder_is_read_recursively_and_test_files_are_the_official_split(tmp_
     assert {record.source for record in loaded.records} == {"hh"}
 
 
+@pytest.mark.fault(14)
 def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_read_once(tmp_path: Path) -> None:
     write(tmp_path / "set" / "a.jsonl", [GOOD])
     (tmp_path / "set" / "b.jsonl").symlink_to(tmp_path / "set" / "a.jsonl")
@@ -163,6 +170,7 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_read_once(tmp_pat
         load([str(tmp_path / "set")])
 
 
+@pytest.mark.fault(14)
 def test_a_linked_folder_that_leaves_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "set" / "a.jsonl", [GOOD])
     write(tmp_path / "outside" / "b.jsonl", [GOOD])
@@ -171,6 +179,7 @@ def test_a_linked_folder_that_leaves_is_refused(tmp_path: Path) -> None:
         load([str(tmp_path / "set")])
 
 
+@pytest.mark.fault(22)
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a folder without"):
         load([str(tmp_path)])
@@ -204,6 +213,7 @@ def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
         load([])
 
 
+@pytest.mark.fault(25)
 def test_duplicates_and_contradictions_are_counted_and_kept(tmp_path: Path) -> None:
     other_way = {"prompt": "p", "chosen": " no", "rejected": " yes"}
     loaded = load([write(tmp_path / "a.jsonl", [GOOD, GOOD, other_way, {**GOOD, "prompt": "q"}])])

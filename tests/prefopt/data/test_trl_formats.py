@@ -118,12 +118,14 @@ def test_optional_columns_become_labels(change: dict[str, Any], labels: Labels) 
         ({"prompt": "p", "completions": "ab", "ranks": [0, 1]}, "completions has the wrong type"),
     ],
 )
+@pytest.mark.fault(19, 22)
 def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as caught:
         parse(row, None)
     assert caught.value.reason == reason
 
 
+@pytest.mark.fault(20)
 def test_wrong_columns_name_what_was_found_and_every_format() -> None:
     with pytest.raises(BadRow) as caught:
         detect({"question": "q", "answer": "a"})
@@ -131,6 +133,7 @@ def test_wrong_columns_name_what_was_found_and_every_format() -> None:
     assert all(", ".join(form.columns) in caught.value.reason for form in FORMATS)
 
 
+@pytest.mark.fault(21)
 def test_a_row_of_text_and_conversation_is_mixed() -> None:
     with pytest.raises(MixedFormats, match="prompt is text, chosen is conversational, rejected is conversational"):
         parse({**CHAT_PAIR, "prompt": "Sky?"}, None)
@@ -138,6 +141,7 @@ def test_a_row_of_text_and_conversation_is_mixed() -> None:
         parse({"prompt": "p", "completions": ["a", [said("b")]], "ranks": [0, 1]}, None)
 
 
+@pytest.mark.fault(21)
 def test_a_row_in_another_format_than_its_file_is_mixed() -> None:
     _, text = parse(PAIR, None)
     with pytest.raises(MixedFormats, match="the row is pair, conversational; the file began as pair, text"):
@@ -146,6 +150,7 @@ def test_a_row_in_another_format_than_its_file_is_mixed() -> None:
         parse({"prompt": "p", "completion": "c", "label": True}, text)
 
 
+@pytest.mark.fault(19)
 def test_a_row_that_misses_a_column_is_named_by_it() -> None:
     _, text = parse(PAIR, None)
     with pytest.raises(BadRow, match="missing column rejected"):

@@ -283,6 +283,7 @@ def test_off_holds_four_models_and_trains_two_of_them() -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", *MODES])
+@pytest.mark.fault(3)
 def test_a_resumed_run_is_the_uninterrupted_one(mode: str, tmp_path: Path) -> None:
     logging = Logging(log_every=1, save_every=3)
     whole, reference = roles(mode)
