@@ -7,7 +7,6 @@ and takes new algorithms later; processes that share a folder share the work.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -24,6 +23,7 @@ from rich.console import Console
 from prefopt.data.report import render
 from prefopt.environment import environment
 from prefopt.errors import ConfigError, OutputError
+from prefopt.executors import ExecutorName, Placement
 from prefopt.files import LOCK, contents, differences, empty, write_json
 from prefopt.jobs import CELLS_FOLDER, Job, run_all
 from prefopt.matching import matched
@@ -45,6 +45,7 @@ from prefopt.tasks import Shared, Task, build_task, prepare_process
 from prefopt.tuning import chosen, tuned, tuning_study
 
 STUDY_FILE, TUNING_FOLDER = "study.json", "tuning"
+_HERE = Placement(workers=0)
 
 
 def compare(
@@ -53,6 +54,8 @@ def compare(
     *,
     cache: Path | None = None,
     workers: int | None = None,
+    executor: ExecutorName = "processes",
+    ray_address: str = "",
     shard: tuple[int, int] = (1, 1),
     save_policies: bool = False,
     overwrite: bool = False,
@@ -64,7 +67,9 @@ def compare(
         study: what is compared.
         output: its folder; one that holds another study is refused unless `overwrite`.
         cache: of shared starts, reward models and reference log-probs.
-        workers: processes side by side; None chooses by task and cores, 0 runs cells in this process.
+        workers: cells side by side; None chooses by task and cores, 0 runs them in this process.
+        executor: processes of this machine, or a Ray cluster, whose machines share `output` and the working folder.
+        ray_address: HOST:PORT of a running cluster, or auto; empty starts one on this machine.
         shard: (i, n): only every n-th cell, from the i-th on, for processes that share the folder. Who ends last writes the
             results; until then those that are there are returned and nothing is written.
         save_policies: keep every trained policy.
@@ -75,19 +80,19 @@ def compare(
         PrefoptError: bad options, data or output folder. A failing cell is reported in the results instead.
     """
     console = console or Console(quiet=True)
+    placement = Placement(executor, workers, ray_address)
     study.settings()
     cache = cache or default_cache()
     _check_shard(shard)
     prepare_folder(output, study, overwrite)
     begin = time.perf_counter()
     prepare_process(study.options, 1)
-    study, records = tune(study, output, cache=cache, workers=workers, console=console)
+    study, records = tune(study, output, cache=cache, placement=placement, console=console)
     task, shared = _prepare(study, cache, console)
     study = matched(study, task, output, cache, console)
     prepared = time.perf_counter() - begin
-    workers = default_workers(study) if workers is None else workers
-    jobs = list_jobs(study, output, cache, workers, save_policies)
-    _run_own(jobs, shard, workers, console)
+    jobs = list_jobs(study, output, cache, placement, save_policies)
+    _run_own(jobs, shard, placement, console)
     results, timings = collect(study, task, shared, jobs, prepared, records)
     unsettled = [job for job in jobs if not job.done and job.failure is None]
     if shard != (1, 1) and unsettled:
@@ -106,7 +111,9 @@ def compare(
     return results
 
 
-def tune(study: Study, output: Path, *, cache: Path, workers: int | None, console: Console) -> tuple[Study, tuple[Tuning, ...]]:
+def tune(
+    study: Study, output: Path, *, cache: Path, placement: Placement, console: Console
+) -> tuple[Study, tuple[Tuning, ...]]:
     """The study with the numbers that its trials chose, and how they were chosen; as it is where it is not tuned.
 
     Trials are cells of a study of their own in output/tuning, on rows and seeds that the report never uses.
@@ -116,9 +123,8 @@ def tune(study: Study, output: Path, *, cache: Path, workers: int | None, consol
     trials = tuning_study(study)
     folder = output / TUNING_FOLDER
     task, shared = _prepare(trials, cache, console)
-    workers = default_workers(trials) if workers is None else workers
-    jobs = list_jobs(trials, folder, cache, workers)
-    _run_own(jobs, (1, 1), workers, console)
+    jobs = list_jobs(trials, folder, cache, placement)
+    _run_own(jobs, (1, 1), placement, console)
     results, timings = collect(trials, task, shared, jobs, 0.0, ())
     records = chosen(study, results, timings)
     for record in records:
@@ -138,8 +144,9 @@ def _prepare(study: Study, cache: Path, console: Console) -> tuple[Task, Shared]
     return task, shared
 
 
-def list_jobs(study: Study, output: Path, cache: Path, workers: int = 0, save_policies: bool = False) -> list[Job]:
+def list_jobs(study: Study, output: Path, cache: Path, placement: Placement = _HERE, save_policies: bool = False) -> list[Job]:
     """The cells of a study, seed by seed."""
+    workers = placement.side_by_side(tiny=study.options.tiny, cells=len(study.entries) * len(study.seeds))
     return [
         Job(study, index, seed, output, cache, workers, save_policies)
         for seed in study.seeds
@@ -147,7 +154,7 @@ def list_jobs(study: Study, output: Path, cache: Path, workers: int = 0, save_po
     ]
 
 
-def _run_own(jobs: Sequence[Job], shard: tuple[int, int], workers: int, console: Console) -> None:
+def _run_own(jobs: Sequence[Job], shard: tuple[int, int], placement: Placement, console: Console) -> None:
     for job in jobs:
         if job.damaged:
             console.print(
@@ -158,18 +165,14 @@ def _run_own(jobs: Sequence[Job], shard: tuple[int, int], workers: int, console:
     waiting = sorted((job for job in mine if not job.done), key=lambda job: job.index)
     if len(waiting) < len(mine):
         console.print(f"{len(mine) - len(waiting)} of {len(mine)} cells were finished before and are kept.", highlight=False)
-    run_all(waiting, workers, console)
+    if waiting:
+        with placement.start(tiny=waiting[0].study.options.tiny, cells=len(jobs)) as executor:
+            run_all(waiting, executor, console)
 
 
 def _check_shard(shard: tuple[int, int]) -> None:
     if not 1 <= shard[0] <= shard[1]:
         raise ConfigError(f"shard {shard[0]}/{shard[1]}: expected i/n with i from 1 to n.")
-
-
-def default_workers(study: Study) -> int:
-    """Tiny models are bound by launch overhead and run side by side on a thread each; others get the whole machine."""
-    cells = len(study.entries) * len(study.seeds)
-    return max(1, min(os.cpu_count() or 1, cells)) if study.options.tiny else 1
 
 
 def prepare_folder(output: Path, study: Study, overwrite: bool) -> None:
@@ -263,7 +266,7 @@ def _matching_note(study: Study) -> list[str]:
 
 
 # Flags that change who computes what and not what comes out.
-_PLACING = ("--shard", "--workers")
+_PLACING = ("--executor", "--ray-address", "--shard", "--workers")
 
 
 def command_line(otherwise: str) -> str:

@@ -12,11 +12,11 @@ import os
 import re
 import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from rich.console import Console
 
 from prefopt.cell import run_cell
 from prefopt.environment import environment
-from prefopt.errors import PrefoptError, Stopped
+from prefopt.errors import OutputError, PrefoptError, Stopped
+from prefopt.executors import Executor, WorkerLost
 from prefopt.files import LOCK, staged_folder, write_json
-from prefopt.machine import end_with_parent, standard_console
+from prefopt.machine import standard_console
 from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, Cell, CellTiming, Ledger, save_rows
 from prefopt.stages import content_key
 from prefopt.study import Entry, Study
@@ -38,6 +39,8 @@ CELL_FILE, CONFIG_FILE, ENVIRONMENT_FILE, FAILURE_FILE = "cell.json", "config.js
 MANIFEST_FILE, TIMING_FILE = "manifest.json", "timing.json"
 # Seconds between two looks at cells that other processes hold.
 _LOOK_EVERY = 1.0
+# How often a cell is started at most whose worker is lost: it may be the cell that takes the worker down.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Job:
 
     @property
     def lock(self) -> FileLock:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Of its folder, which is there."""
         return FileLock(self.folder / LOCK, timeout=0)
 
     def config(self) -> dict[str, Any]:
@@ -110,60 +113,63 @@ class Job:
         return CellTiming(**json.loads((self.folder / TIMING_FILE).read_text()))
 
 
-def run_all(jobs: Sequence[Job], workers: int, console: Console) -> None:
+def run_all(jobs: Sequence[Job], executor: Executor, console: Console) -> None:
     """Runs the jobs that nobody else runs, waits for those that somebody does, and takes over what others leave unfinished.
 
     Args:
         jobs: in the order in which they start.
-        workers: processes side by side; 0 runs all in this one.
+        executor: what they run on. A job whose worker is lost runs again, a few times.
         console: for a line a cell.
     """
-    bar = _Lines(len(jobs), console)
-    waiting = list(jobs)
-    while waiting:
-        elsewhere = _pass(waiting, workers, bar)
-        settled = [job for job in elsewhere if job.done]
-        for job in settled:
-            bar.tell(job, None, "done elsewhere")
-        waiting = [job for job in elsewhere if job not in settled]
-        if len(waiting) == len(elsewhere) and waiting:
+    lines, lost = _Lines(len(jobs), console), Counter[Path]()
+    waiting, elsewhere, running = deque(jobs), list[Job](), dict[Future[str | None], Job]()
+    while waiting or elsewhere or running:
+        while waiting and len(running) < executor.slots:
+            job = waiting.popleft()
+            # A cell that another process holds is no reason to start one here.
+            if _held(job):
+                elsewhere.append(job)
+            else:
+                running[executor.submit(run_job, job)] = job
+        if not running:
             time.sleep(_LOOK_EVERY)
+            for job in elsewhere:
+                if job.done:
+                    lines.tell(job, None, "done elsewhere")
+                else:
+                    waiting.append(job)
+            elsewhere.clear()
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            try:
+                outcome = _outcome(job, future)
+            except WorkerLost as error:
+                lost[job.folder] += 1
+                if lost[job.folder] < _TRIES:
+                    lines.note(job, f"its worker was lost ({error}); it runs again.")
+                    waiting.appendleft(job)
+                    continue
+                outcome = f"its worker was lost {_TRIES} times: {error}"
+                _write_failure(job, outcome)
+            if outcome == ELSEWHERE:
+                elsewhere.append(job)
+            else:
+                lines.tell(job, outcome)
 
 
-def _pass(jobs: Sequence[Job], workers: int, bar: _Lines) -> list[Job]:
-    """Runs what can be run; the jobs that other processes hold."""
-    elsewhere: list[Job] = []
-
-    def note(job: Job, outcome: str | None) -> None:
-        if outcome == ELSEWHERE:
-            elsewhere.append(job)
-        else:
-            bar.tell(job, outcome)
-
-    if workers == 0:
-        for job in jobs:
-            note(job, run_job(job))
-        return elsewhere
-    # One process a cell: its peak memory is its own, and a crash of one leaves the others alone.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=end_with_parent, max_tasks_per_child=1
-    ) as pool:
-        # A cell that another process holds is no reason to start one here.
-        free = [job for job in jobs if not _held(job)]
-        elsewhere.extend(job for job in jobs if job not in free)
-        futures: dict[Future[str | None], Job] = {pool.submit(run_job, job): job for job in free}
-        for future in as_completed(futures):
-            job, failure = futures[future], future.exception()
-            if isinstance(failure, Stopped):
-                pool.shutdown(cancel_futures=True)
-                raise failure
-            if failure is not None:
-                _write_failure(job, f"{type(failure).__name__}: {failure}")
-            note(job, str(failure) if failure is not None else future.result())
-    return elsewhere
+def _outcome(job: Job, future: Future[str | None]) -> str | None:
+    """As of `run_job`. Raises Stopped and WorkerLost."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, Stopped | WorkerLost):
+        raise error
+    _write_failure(job, str(error) if isinstance(error, PrefoptError) else f"{type(error).__name__}: {error}")
+    return str(error)
 
 
 def _held(job: Job) -> bool:
+    job.folder.mkdir(parents=True, exist_ok=True)
     try:
         with job.lock:
             return False
@@ -175,7 +181,15 @@ ELSEWHERE = "another process runs it"
 
 
 def run_job(job: Job) -> str | None:
-    """Runs a cell in this process and writes its folder; the error's text when it failed, ELSEWHERE when it is taken."""
+    """Runs a cell in this process and writes its folder; the error's text when it failed, ELSEWHERE when it is taken.
+
+    Raises:
+        OutputError: there is no such folder.
+    """
+    if not job.folder.is_dir():
+        raise OutputError(
+            f"{job.folder} is not on the machine of a worker; a study's folder must lie on a disk that all workers share."
+        )
     try:
         with job.lock:
             return None if job.done else _run(job)
@@ -235,11 +249,14 @@ def _write_failure(job: Job, text: str) -> None:
 
 
 class _Lines:
-    """A line for every cell that ends."""
+    """A line for every cell that ends, and for what happens to it before."""
 
     def __init__(self, total: int, console: Console) -> None:
         self._total, self._console = total, console
         self._done, self._begin = 0, time.perf_counter()
+
+    def note(self, job: Job, text: str) -> None:
+        self._console.print(f"{job.entry.label} seed {job.seed}: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def tell(self, job: Job, error: str | None, state: str = "done") -> None:
         self._done += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from inspect import Parameter as Argument
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from prefopt.cli.flags import (
 from prefopt.cli.lookup import find_algorithm
 from prefopt.compare import compare
 from prefopt.errors import ConfigError
+from prefopt.executors import ExecutorName, Placement
 from prefopt.machine import standard_console
 from prefopt.options import TuningOptions
 from prefopt.plan import describe
@@ -136,13 +138,7 @@ def _run_flags() -> list[Flag]:
     return [
         Flag("dry_run", bool, False, "Show rows, cells, options, expected time and disk, and train nothing.", _STUDY),
         Flag("probe", bool, False, "With --dry-run: time a few updates of each setting first.", _STUDY),
-        Flag(
-            "workers",
-            int | None,
-            None,
-            "Processes side by side; 0 runs in this one. Chosen by task and cores if not given.",
-            _STUDY,
-        ),
+        *placement_flags(),
         Flag(
             "shard", str, "",
             "i/n: only every n-th cell, from the i-th on. Start one of each on machines that share the folder (an array job); "
@@ -151,6 +147,30 @@ def _run_flags() -> list[Flag]:
         Flag("save_policies", bool, False, "Keep every trained policy.", _STUDY),
         Flag("overwrite", bool, False, "Delete the comparison that the folder holds.", _STUDY),
     ]  # fmt: skip
+
+
+def placement_flags() -> list[Flag]:
+    """Where cells run: the fields of `Placement`."""
+    return [
+        Flag(
+            "executor", ExecutorName, "processes",
+            "What runs cells: processes of this machine, or a Ray cluster whose machines share this folder and the study's.",
+            _STUDY,
+        ),
+        Flag(
+            "workers", int | None, None,
+            "Cells side by side; 0 runs them in this process. Chosen by task and cores, or by the cluster, if not given.",
+            _STUDY,
+        ),
+        Flag(
+            "ray_address", str, "",
+            "HOST:PORT of a running Ray cluster, or auto on one of its machines; one is started on this machine if not given.",
+            _STUDY,
+        ),
+    ]  # fmt: skip
+
+
+PLACEMENT = tuple(item.name for item in fields(Placement))
 
 
 def _study(items: Sequence[Any], values: Mapping[str, Any]) -> Study:
@@ -177,7 +197,7 @@ def _study(items: Sequence[Any], values: Mapping[str, Any]) -> Study:
 
 # Flags of a run of it, or that were used to make it.
 _NOT_OF_THE_STUDY = frozenset(
-    {"assignments", "output_dir", "config", "preset", "dry_run", "probe", "workers", "shard", "save_policies", "overwrite"}
+    {"assignments", "output_dir", "config", "preset", "dry_run", "probe", "shard", "save_policies", "overwrite", *PLACEMENT}
 )
 
 
@@ -191,9 +211,14 @@ def _run(study: Study, values: Mapping[str, Any]) -> None:
         describe(study, console, probe=values.get("probe", False), save_policies=keep, workers=workers or 1)
         return
     compare(
-        study, output_of(values), workers=workers, shard=_shard(values.get("shard", "")), save_policies=keep,
-        overwrite=values.get("overwrite", False), console=console,
+        study, output_of(values), shard=_shard(values.get("shard", "")), save_policies=keep,
+        overwrite=values.get("overwrite", False), console=console, **placement_values(values),
     )  # fmt: skip
+
+
+def placement_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Placement` that were given."""
+    return {name: values[name] for name in PLACEMENT if name in values}
 
 
 def output_of(values: Mapping[str, Any]) -> Path:

@@ -62,6 +62,7 @@ def run(cell: Path, output: Path | None = None) -> int:
     job = Job(study, 0, config["seed"], output, default_cache(), workers=1)
     if job.done:
         raise OutputError(f"{job.folder} holds this cell already; name another --output-dir, or delete it.")
+    job.folder.mkdir(parents=True, exist_ok=True)
     failed = run_job(job)
     if failed is not None:
         console.print(f"failed: {failed}", highlight=False, markup=False)

@@ -12,6 +12,7 @@ from prefopt.cli import compare as compare_command
 from prefopt.cli.compare import TUNING, output_of, study_command
 from prefopt.cli.flags import Flag, field_flags
 from prefopt.compare import prepare_folder, tune
+from prefopt.executors import Placement
 from prefopt.machine import standard_console
 from prefopt.options import TuningOptions, default_cache
 from prefopt.study import Study
@@ -34,15 +35,16 @@ def explain_unknown(tokens: Sequence[str], option: str) -> str:
 
 def _run_flags() -> list[Flag]:
     return [
-        Flag("workers", int | None, None, "Processes side by side; 0 runs in this one. Chosen by task if not given.", _STUDY),
+        *compare_command.placement_flags(),
         Flag("overwrite", bool, False, "Delete the study that the folder holds.", _STUDY),
     ]
 
 
 def _run(study: Study, values: Mapping[str, Any]) -> None:
     output, console = output_of(values), standard_console()
+    placement = Placement(**compare_command.placement_values(values))
     prepare_folder(output, study, values.get("overwrite", False))
-    found, _ = tune(study, output, cache=default_cache(), workers=values.get("workers"), console=console)
+    found, _ = tune(study, output, cache=default_cache(), placement=placement, console=console)
     path = output / TUNED_FILE
     path.write_text(_as_yaml(found), encoding="utf-8")
     console.print(
