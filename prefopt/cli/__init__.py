@@ -1,5 +1,5 @@
 """The command line: `prefopt train | compare | evaluate | tune | rerun | bundle | iterate | report |
-judge | label | power | cite | data | control | losses | laws | doctor`.
+judge | label | power | plan | cite | data | control | losses | laws | doctor`.
 
 Commands are imported only when they are called, so that help does not wait for torch.
 """
@@ -54,6 +54,7 @@ _COMMANDS = {
     "judge": _Command("Win rates of samples under judges: models, functions, people.", "prefopt.cli.judge"),
     "label": _Command("Label pairs by a language model or a reward: data that any algorithm trains on.", "prefopt.cli.label"),
     "power": _Command("What seeds and prompts can show, before a run.", "prefopt.cli.power"),
+    "plan": _Command("Will a model fit on so many GPUs, by which setting, and how long it takes.", "prefopt.cli.plan"),
     "cite": _Command("Methods paragraph and BibTeX of what a comparison used.", "prefopt.cli.cite"),
     "data": _Command("Look at preference data.", "prefopt.cli.data"),
     "control": _Command("Make offline data of simulated control tasks, or look at it.", "prefopt.cli.control"),

@@ -35,6 +35,7 @@ import signal
 from pathlib import Path
 
 import losses
+from losses.dpo import dpo_loss
 from losses.types import LossOutput
 
 DRIVER, LIVES = {driver}, Path({folder!r})
@@ -47,7 +48,7 @@ def fragile_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_lo
     for life in sorted(LIVES.glob("life-*")) if os.getpid() != DRIVER and policy_chosen_logps.requires_grad else ():
         life.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
-    return losses.get("dpo").function(
+    return dpo_loss(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=beta
     )
 """
@@ -127,6 +128,7 @@ def test_workers_share_the_cores_of_one_machine_only() -> None:
 def test_a_cell_whose_process_is_killed_runs_again(fragile: Path, cache: Path, tmp_path: Path, paths: None) -> None:
     study = gridworld("fragile", seeds=1, imports=[str(fragile)])
     serial, _ = run(study, tmp_path / "serial", cache, workers=0)
+    assert {cell["status"] for cell in serial["cells"]} == {"ok"}
     (tmp_path / "life-1").touch()
     killed, said = run(study, tmp_path / "killed", cache, workers=1)
     assert killed == serial
@@ -148,6 +150,7 @@ def test_two_ray_workers_of_which_one_is_killed_write_the_serial_results(
     """A cell that fails is reported as it is elsewhere; a finished cell is not run again."""
     study = gridworld("fragile", "cpl", imports=[str(fragile)])
     serial, _ = run(study, tmp_path / "serial", cache, workers=0)
+    assert {cell["status"] for cell in serial["cells"]} == {"ok"}
     (tmp_path / "life-1").touch()
     folder = tmp_path / "ray"
     clustered, said = run(study, folder, cache, executor="ray", workers=2)
