@@ -30,19 +30,19 @@ def sizes_grid(title: str, choices: Sequence[Choice], device: Device) -> Grid:
 def parts_grid(choices: Sequence[Choice]) -> Grid:
     """What stands in the memory of one GPU, in GiB, for each of the choices; parts that none of them has are left out."""
     shown = [name for name in _PARTS if any(getattr(choice.footprint, name) for choice in choices)]
-    columns = [Column("part", numeric=False), *(Column(f"{choice.setup.gpus} GPUs") for choice in choices)]
+    columns = [Column("part", numeric=False), *(Column(f"G = {choice.setup.gpus}") for choice in choices)]
     rows = [
         (Entry(name.replace("_", " ")), *(Entry(f"{getattr(choice.footprint, name) / GIB:.2f}") for choice in choices))
         for name in shown
     ]
     total = (Entry("peak", "strong"), *(Entry(f"{choice.footprint.total / GIB:.2f}", "strong") for choice in choices))
     captions = ("Gradients of an update in one micro-batch, and keys and values of sampling, do not meet the activations.",)
-    return Grid("memory of one GPU, GiB", tuple(columns), (*rows, total), captions)
+    return Grid("memory of one GPU of G, GiB", tuple(columns), (*rows, total), captions)
 
 
 def times_grid(choices: Sequence[Choice]) -> Grid:
     """Where the hours go. Transfers overlap with training's products, so the longer of the two counts."""
-    columns = ("part", *(f"{choice.setup.gpus} GPUs" for choice in choices))
+    columns = ("part", *(f"G = {choice.setup.gpus}" for choice in choices))
     names = ("reference", "sampling", "training", "communication")
     rows = [
         (Entry(name), *(Entry(f"{getattr(choice.duration, name) / 3600:.3g}") for choice in choices))
@@ -50,7 +50,7 @@ def times_grid(choices: Sequence[Choice]) -> Grid:
         if any(getattr(choice.duration, name) for choice in choices)
     ]
     idle = (Entry("idle"), *(Entry(f"{choice.duration.idle:.0%}") for choice in choices))
-    return Grid("hours", tuple(Column(name, numeric=name != "part") for name in columns), (*rows, idle), ())
+    return Grid("hours on G GPUs", tuple(Column(name, numeric=name != "part") for name in columns), (*rows, idle), ())
 
 
 def words(choice: Choice) -> str:

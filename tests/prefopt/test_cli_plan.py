@@ -19,7 +19,7 @@ def test_a_known_shape_on_eight_gpus(cli: Any) -> None:
     assert "llama-8b: 8.03 billion parameters, 32 layers of 4096" in done.out
     assert done.last.startswith("Fits on 8 h100: --strategy fsdp2")
     for size in (1, 8, 64):
-        assert f"{size} GPUs" in done.out
+        assert f"G = {size}" in done.out
 
 
 def test_what_does_not_fit_says_what_would(cli: Any) -> None:

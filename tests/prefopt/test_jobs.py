@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -149,34 +150,70 @@ def test_one_algorithm_under_two_names_is_equal_bit_for_bit(cache: Path, tmp_pat
         assert (one.final, one.path, one.curve) == (other.final, other.path, other.curve)
 
 
-@pytest.mark.slow
-@pytest.mark.fault(2)
-def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
-    """kill -9 at random moments of tuning, cells and report: the folder always goes on, and ends with equal results."""
+def command(folder: Path, *more: str) -> list[str]:
+    """A comparison of two algorithms on three seeds, as a user starts it."""
     flags = [
         word
         for name, value in OPTIONS.items()
         for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))
     ]
+    asked = ["compare", "cpl", "dpo", "--seeds", "3", "--workers", "0", *more]
+    return [sys.executable, "-m", "prefopt", *asked, *flags, "--output-dir", str(folder)]
 
-    def command(folder: Path) -> list[str]:
-        asked = ["compare", "cpl", "dpo", "--seeds", "3", "--workers", "0", "--trials", "2"]
-        return [sys.executable, "-m", "prefopt", *asked, *flags, "--output-dir", str(folder)]
 
-    def results(folder: Path) -> dict[str, Any]:
-        found = json.loads((folder / "results.json").read_text())
-        assert str(folder) in found.pop("command")
-        return dict(found)
+def surroundings(folder: Path) -> dict[str, str]:
+    return {
+        "PREFOPT_CACHE": str(folder / "cache"), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(folder),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }  # fmt: skip
 
-    environment = {"PREFOPT_CACHE": str(tmp_path / "cache"), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    begin = time.monotonic()
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """Without the command, which names the folder."""
+    found = json.loads((folder / "results.json").read_text())
+    assert str(folder) in found.pop("command")
+    return dict(found)
+
+
+@pytest.mark.slow
+def test_two_shards_of_which_one_is_killed_write_the_serial_results(tmp_path: Path) -> None:
+    """kill -9 in the middle of a cell: the other shard ends without it, and the same command goes on."""
+    environment = surroundings(tmp_path)
     subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    folder = tmp_path / "shards"
+    first, second = (command(folder, "--shard", f"{number}/2") for number in (1, 2))
+    with subprocess.Popen(first, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+        deadline = time.monotonic() + 300
+        while not list(folder.glob("cells/*/config.json")):
+            assert killed.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        killed.kill()
+    assert killed.returncode == -9
+    unfinished = [cell for cell in folder.glob("cells/*") if not (cell / CELL_FILE).exists()]
+    assert unfinished, "it was killed too late"
+    ended = subprocess.run(second, env=environment, check=True, capture_output=True, text=True)
+    assert "of the others are not" in ended.stdout
+    assert not (folder / "results.json").exists()
+    subprocess.run(first, env=environment, check=True, capture_output=True)
+    assert results_of(folder) == results_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(2)
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    """kill -9 at random moments of tuning, cells and report: the folder always goes on, and ends with equal results."""
+    environment = surroundings(tmp_path)
+    begin = time.monotonic()
+    subprocess.run(command(tmp_path / "whole", "--trials", "2"), env=environment, check=True, capture_output=True)
     whole = time.monotonic() - begin
-    expected = results(tmp_path / "whole")
+    expected = results_of(tmp_path / "whole")
     draw, killed, finished = random.Random(0), 0, 0
     while killed < 20:
         folder = tmp_path / f"killed-{finished}"
-        process = subprocess.Popen(command(folder), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(folder, "--trials", "2"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             assert process.wait(draw.uniform(0.2, 0.8) * whole) == 0
         except subprocess.TimeoutExpired:
@@ -184,11 +221,11 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
             process.wait()
             killed += 1
         else:
-            assert results(folder) == expected
+            assert results_of(folder) == expected
             finished += 1
             assert finished < 20, "the machine became too fast for the delays: nothing is killed any more"
-    subprocess.run(command(folder), env=environment, check=True, capture_output=True)
-    assert results(folder) == expected
+    subprocess.run(command(folder, "--trials", "2"), env=environment, check=True, capture_output=True)
+    assert results_of(folder) == expected
 
 
 def test_equal_updates_follow_from_costs() -> None:
