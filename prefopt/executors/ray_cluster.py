@@ -25,8 +25,8 @@ def load_ray() -> ModuleType:
         ConfigError: the extra is not installed.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # A job without a GPU must not see one; this asks for what later versions of Ray change.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    # A small model's cell runs where it would without Ray: earlier versions hide the GPUs from jobs that reserve none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError as error:
@@ -55,10 +55,11 @@ class RayCluster:
         if self._ours:
             self._connect(address, most)
         self.slots = sys.maxsize if most is None else most
-        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        # A cluster's head often offers nothing itself.
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         gpus = any(machine.get("GPU") for machine in machines)
         self._needs = {
-            "num_cpus": 1 if gpus or not whole else min(int(machine.get("CPU", 1)) for machine in machines),
+            "num_cpus": 1 if gpus or not whole else min((int(machine["CPU"]) for machine in machines), default=1),
             "num_gpus": int(whole and gpus),
         }
         # max_calls: a process of its own for every job. max_retries: who submits says that a worker was lost, and retries.
@@ -72,7 +73,7 @@ class RayCluster:
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"--ray-address {address or 'is not given, and a cluster on this machine did not start'}: "
-                f"{str(error).splitlines()[0]} Name HOST:PORT of a running cluster, or auto on one of its machines."
+                f"{_line(error)} Name HOST:PORT of a running cluster, or auto on one of its machines."
             ) from error
 
     def submit(self, function: Callable[[T], R], job: T) -> Future[R]:
@@ -88,7 +89,7 @@ class RayCluster:
         elif isinstance(error, self._ray.exceptions.RayTaskError):
             outcome.set_exception(error.cause)
         elif isinstance(error, self._ray.exceptions.RayError):
-            outcome.set_exception(WorkerLost(str(error).splitlines()[0]))
+            outcome.set_exception(WorkerLost(_line(error)))
         else:
             outcome.set_exception(error)
 
@@ -98,6 +99,11 @@ class RayCluster:
     def __exit__(self, *_: object) -> None:
         if self._ours:
             self._ray.shutdown()
+
+
+def _line(error: Exception) -> str:
+    """The first line of what it says."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _in_folder(folder: str, function: Callable[[T], R], job: T) -> R:
