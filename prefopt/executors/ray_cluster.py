@@ -70,7 +70,8 @@ class RayCluster:
         local = {"num_cpus": most, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:
             self._ray.init(address=address or "local", **quiet, **({} if address else local))
-        except (OSError, RuntimeError, ValueError) as error:
+        # Ray raises bare ones too, as when a busy machine does not start a cluster within its half minute.
+        except Exception as error:
             raise ConfigError(
                 f"--ray-address {address or 'is not given, and a cluster on this machine did not start'}: "
                 f"{_line(error)} Name HOST:PORT of a running cluster, or auto on one of its machines."
