@@ -24,7 +24,6 @@ from transformers import TrainerCallback
 import losses
 from benchmarks.measuring import Busy, matmul_rate
 from benchmarks.trl_peer import PairTrainer, build_trainer, pair_rows, reference_logps
-from prefopt.communicator import SingleProcess
 from prefopt.data.records import Example
 from prefopt.machine import keep_freed_memory
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
@@ -34,6 +33,7 @@ from prefopt.models.lora import LoRA
 from prefopt.models.protocol import trainable_parameters
 from prefopt.optimization import Logging, Optimization
 from prefopt.options import default_cache
+from prefopt.parallel.strategy import Strategy
 from prefopt.reference import ReferenceCache, StartReference
 from prefopt.runlog import RunLog
 from prefopt.streams import Budget, OfflineStream
@@ -126,7 +126,7 @@ class PrefoptSide:
         optimization = Optimization(learning_rate=contest.learning_rate, schedule="constant", warmup=0.0)
         loss = losses.get("dpo").bind(beta=contest.beta)
         # A log line at every step: it yields the loss, and costs prefopt a little more than its default of every tenth.
-        self.run = _Run(policy, loss, whole, optimization, Logging(log_every=1), None, SingleProcess(), lambda text: None)
+        self.run = _Run(policy, loss, whole, optimization, Logging(log_every=1), None, Strategy(), lambda text: None)
         self._log = RunLog(None, "", whole.total_steps)
         self.busy = Busy()
 

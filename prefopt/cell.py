@@ -19,6 +19,7 @@ from prefopt.models.hydra import build_roles
 from prefopt.models.lora import LoRA
 from prefopt.models.packed import PackedPolicy, Reference, head_names
 from prefopt.options import Options
+from prefopt.parallel.strategy import Strategy
 from prefopt.reference import ReferenceCache
 from prefopt.report.health import WATCHED
 from prefopt.report.schema import Cell, CellTiming, Ledger, PairRow, PromptRow
@@ -66,6 +67,7 @@ def run_cell(
     folder: Path | None = None,
     resume: bool = False,
     console: Console | None = None,
+    strategy: Strategy | None = None,
 ) -> CellResult:
     """Trains one setting on one seed and measures it at checkpoints and at the end.
 
@@ -79,19 +81,22 @@ def run_cell(
         folder: for metrics.jsonl and checkpoints.
         resume: go on from the newest checkpoint.
         console: for progress.
+        strategy: the processes that it is spread over, each of which calls this; one by default.
     """
     begin = time.perf_counter()
     seeds = options.seeding
     torch.manual_seed(seeds.of("adapter", seed))
     training = task.training(seeds.of("data", seed))
     policy, reference = build_policies(task, setting, options, seed)
+    strategy = strategy or Strategy()
+    strategy.agree({"weights": reference.weights}, "the model that the run starts from")
     known = ReferenceCache(
         reference, cache / "reference", micro_batch_tokens=options.budget.micro_batch_tokens,
         on_progress=counter(console, "reference log-probs"),
     )  # fmt: skip
     stream, reward = build_stream(
         task, setting, training, policy, reference, known, options.budget, seeds.of("order", seed),
-        reward_seed=seeds.of("reward", seed),
+        reward_seed=seeds.of("reward", seed), strategy=strategy,
     )  # fmt: skip
     evaluate = partial(task.evaluate, policy, reference, known, setting.loss, seed)
     total = stream.total_steps
@@ -101,7 +106,8 @@ def run_cell(
     )
     result = fit(
         policy, setting.loss, stream, options.optimization, logging=options.logging, recovery=options.recovery,
-        folder=folder, resume=resume, evaluate=lambda: evaluate().metrics, evaluate_at=checkpoints, console=console,
+        folder=folder, resume=resume, evaluate=lambda: evaluate().metrics, evaluate_at=checkpoints, strategy=strategy,
+        console=console,
         title=f"{label} seed {seed}",
     )  # fmt: skip
     policy.train(False)
@@ -151,6 +157,7 @@ def build_stream(
     reward: Reward | None = None,
     *,
     reward_seed: int | None = None,
+    strategy: Strategy | None = None,
 ) -> tuple[OfflineStream | RolloutStream | OnlineStream, Reward | None]:
     """The stream that the algorithm derives, and the reward that on-policy algorithms maximise: the task's if none is given."""
     budget = replace(budget, seed=seed)
@@ -158,7 +165,7 @@ def build_stream(
         cache = known if setting.needs_reference else None
         return OfflineStream(
             training.examples, kind=setting.algorithm.stream, budget=budget, needs=setting.loss.needs, reference=cache,
-            dtype=policy.dtype,
+            dtype=policy.dtype, strategy=strategy,
         ), None  # fmt: skip
     speaker, frozen = language_models(policy, reference, f"{setting.algorithm.name} trains on")
     if reward is None:
@@ -168,6 +175,7 @@ def build_stream(
     workshop = Workshop(
         speaker, frozen, reward.scorer, training.examples, training.texts, budget, task.eos_ids, task.max_new_tokens,
         setting.loss.needs, partial(advantage, **setting.advantage_options) if advantage is not None else None, policy.dtype,
+        strategy or Strategy(),
     )  # fmt: skip
     if setting.algorithm.online:
         return online(workshop, setting.algorithm.stream, **setting.stream_options), reward

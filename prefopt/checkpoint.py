@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as tensors_to_bytes
 
 from prefopt.errors import OutputError, SaveError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FILES = ("state.safetensors", "state.json")
 _PREFIX, _REPLACED = "checkpoint-", "-old"
 # What files can raise that are not what was written; RecursionError comes of JSON that is nested a thousand deep.
@@ -253,6 +255,19 @@ def _join(tree: Tree, tensors: Mapping[str, torch.Tensor]) -> Tree:
     if isinstance(tree, dict):
         return tensors[tree[_TENSOR]] if _TENSOR in tree else {key: _join(value, tensors) for key, value in tree.items()}
     return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+def to_bytes(tree: Tree) -> bytes:
+    """A tree as bytes, for other processes: the plain values as JSON, their length before them, and the tensors behind them."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain = json.dumps(_split(tree, "", tensors)).encode()
+    return len(plain).to_bytes(8, "little") + plain + tensors_to_bytes(tensors)
+
+
+def from_bytes(data: bytes) -> Tree:
+    """The inverse of `to_bytes`."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return _join(json.loads(data[8:end]), tensors_from_bytes(data[end:]))
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -25,7 +27,7 @@ class Communicator(Protocol):
         """The maximum over ranks, on every rank. No gradient."""
 
     def gather(self, value: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in rank order; their first dimensions may differ. No gradient."""
+        """Every rank's tensor, in rank order; of one type, and of as many dimensions, whose sizes may differ. No gradient."""
 
 
 class SingleProcess:
@@ -42,3 +44,18 @@ class SingleProcess:
 
     def gather(self, value: Tensor) -> list[Tensor]:
         return [value]
+
+
+def gather_bytes(communicator: Communicator, value: bytes) -> list[bytes]:
+    """Every rank's bytes, in rank order."""
+    if communicator.world_size == 1:
+        return [value]
+    own = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+    return [part.numpy().tobytes() for part in communicator.gather(own)]
+
+
+def gather_plain(communicator: Communicator, value: Any) -> list[Any]:
+    """Every rank's plain value (what JSON can say), in rank order. Nothing is pickled."""
+    if communicator.world_size == 1:
+        return [value]
+    return [json.loads(part) for part in gather_bytes(communicator, json.dumps(value).encode())]

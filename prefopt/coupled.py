@@ -56,7 +56,7 @@ def coupled_objectives(
         policy: evaluated once without gradient here, and again with gradient by the caller.
         micro_batches: of this rank.
         communicator: gathers over ranks.
-        record: receives each term's output once.
+        record: receives each term's output, which is of all ranks, once.
     """
     if not terms:
         return Surrogates()

@@ -29,7 +29,12 @@ class Engine(Protocol):
         """Takes over the policy's weights, adapters included; called after updates, before the next `generate`."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        seed: int,
+        samples_per_prompt: int = 1,
+        only: Sequence[int] | None = None,
     ) -> list[Sample]:
         """Completions in the order of `prefopt.generate.generate`; the same seed and weights give the same samples.
 
@@ -38,6 +43,7 @@ class Engine(Protocol):
             decoding: temperature, nucleus, limit.
             seed: of the draws.
             samples_per_prompt: K, drawn independently.
+            only: places of the prompts that are sampled here, as if all were; None is all.
         """
 
 
@@ -57,7 +63,12 @@ class OwnEngine:
         self._policy = policy
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        seed: int,
+        samples_per_prompt: int = 1,
+        only: Sequence[int] | None = None,
     ) -> list[Sample]:
         """See `Engine.generate`."""
         generator = torch.Generator().manual_seed(seed)
@@ -68,6 +79,7 @@ class OwnEngine:
             generator,
             eos_ids=self._eos_ids,
             samples_per_prompt=samples_per_prompt,
+            only=only,
         )
 
 
@@ -108,7 +120,12 @@ class VllmEngine:
         self._llm.reset_prefix_cache()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        seed: int,
+        samples_per_prompt: int = 1,
+        only: Sequence[int] | None = None,
     ) -> list[Sample]:
         """See `Engine.generate`.
 
@@ -117,6 +134,7 @@ class VllmEngine:
             TrainingError: a completion ended by itself without one of the EOS tokens.
         """
         _refuse_nucleus(decoding)
+        places = range(len(prompts)) if only is None else only
         # A seed of its own for every prompt: with one for all, equal prompts would draw equal samples.
         parameters = [
             self._vllm.SamplingParams(
@@ -128,9 +146,9 @@ class VllmEngine:
                 ignore_eos=True,  # of the model's folder: only the tokens above end a completion
                 detokenize=False,
             )
-            for i in range(len(prompts))
+            for i in places
         ]
-        asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        asked = [{"prompt_token_ids": list(prompts[i])} for i in places]
         answers = _synced(self._llm).generate(asked, sampling_params=parameters, use_tqdm=False)
         return [self._sample(output) for answer in answers for output in answer.outputs]
 

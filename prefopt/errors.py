@@ -50,6 +50,10 @@ class TrainingError(PrefoptError):
     """Training stopped before an update that would have done harm; the message names step and rows."""
 
 
+class DistributedError(PrefoptError):
+    """Another process of the run died, is stuck or ended by an error; the message names its rank and where it was."""
+
+
 class Stopped(PrefoptError):
     """A signal came; the step was finished and a checkpoint written.
 

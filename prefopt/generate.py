@@ -80,6 +80,7 @@ def generate(
     *,
     eos_ids: Sequence[int],
     samples_per_prompt: int = 1,
+    only: Sequence[int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """Completions of each prompt: all samples of the first, then those of the second, ...
@@ -88,9 +89,11 @@ def generate(
         policy: with its adapter as it stands.
         prompts: token ids, each at least one. Prompts that are equal share their encoding, like samples of one prompt.
         decoding: temperature, nucleus, limit.
-        generator: of the draws, on the CPU; the same state gives the same samples. On a GPU it seeds the device's own.
+        generator: of the draws, on the CPU. A row's draws depend on its place among all rows alone: not on the device, nor on
+            which rows are decoded together or on other processes.
         eos_ids: tokens that end a completion.
         samples_per_prompt: K, drawn independently.
+        only: places of the prompts that are sampled here, where other processes sample the rest; None is all.
         on_progress: called with (done, total) samples.
 
     Raises:
@@ -103,11 +106,15 @@ def generate(
             f"({sum(not len(ids) for ids in prompts)} of {len(prompts)} are empty)."
         )
     rows = [tuple(ids) for ids in prompts for _ in range(samples_per_prompt)]
-    draws = _device_generator(generator, policy.device)
+    uniforms = None if decoding.temperature == 0 else _uniforms(len(rows), decoding.max_new_tokens, generator)
+    if only is not None:
+        own = [place * samples_per_prompt + k for place in only for k in range(samples_per_prompt)]
+        rows, uniforms = [rows[i] for i in own], None if uniforms is None else uniforms[own]
     samples: dict[int, Sample] = {}
     # A table keeps no keys and values, so it says how many rows it takes at once.
     for part in _waves(rows, getattr(policy, "rows_at_once", decoding.batch_size)):
         with few_rows(policy.base):
+            draws = None if uniforms is None else uniforms[part].to(policy.device)
             drawn = _decode(policy, [rows[i] for i in part], decoding, draws, eos_ids)
         samples.update(zip(part, drawn, strict=True))
         if on_progress is not None:
@@ -132,17 +139,16 @@ def _waves(rows: Sequence[tuple[int, ...]], size: int) -> Iterator[list[int]]:
         yield wave
 
 
-def _device_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return generator
-    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+def _uniforms(rows: int, limit: int, generator: torch.Generator) -> Tensor:
+    """[rows, limit] numbers in [0, 1), one for each token that could be drawn."""
+    return torch.rand(rows, limit, dtype=torch.float64, generator=generator)
 
 
 def _decode(
     policy: CausalLMPolicy,
     rows: Sequence[tuple[int, ...]],
     decoding: Decoding,
-    generator: torch.Generator,
+    uniforms: Tensor | None,
     eos_ids: Sequence[int],
 ) -> list[Sample]:
     grouped = [(ids, len(list(group))) for ids, group in groupby(rows)]
@@ -157,7 +163,7 @@ def _decode(
     supports: list[list[Tensor]] = [[] for _ in rows]
     logits = decoder.prefill()
     for step in range(limit):
-        drawn, support = draw(logits, decoding, generator)
+        drawn, support = draw(logits, decoding, None if uniforms is None else uniforms[alive, step])
         tokens[alive, step] = drawn
         if support is not None:
             for row, bits in zip(alive.tolist(), pack_bits(support), strict=True):
@@ -194,9 +200,13 @@ def _cut(tokens: Tensor, ends: Tensor, supports: Sequence[Sequence[Tensor]]) -> 
     ]
 
 
-def draw(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """[B] tokens drawn from [B, V] logits, and the [B, V] nucleus they were drawn from (None without top-p)."""
-    if decoding.temperature == 0:
+def draw(logits: Tensor, decoding: Decoding, uniform: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[B] tokens drawn from [B, V] logits, and the [B, V] nucleus they were drawn from (None without top-p).
+
+    Args:
+        uniform: [B] float64 numbers in [0, 1), which decide; None at temperature 0, where nothing is left to chance.
+    """
+    if uniform is None:
         return logits.argmax(-1), None
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if decoding.temperature != 1:
@@ -206,8 +216,7 @@ def draw(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> tupl
     if decoding.top_p < 1:
         support = _nucleus(weights, decoding.top_p)
         weights = weights * support
-    uniform = torch.rand(logits.shape[0], 1, dtype=torch.float64, device=logits.device, generator=generator)
-    return _pick(weights, uniform), support
+    return _pick(weights, uniform.unsqueeze(-1)), support
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:

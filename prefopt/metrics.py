@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losses.types import Max, Metric
-from prefopt.communicator import Communicator
+from prefopt.communicator import Communicator, gather_plain
 
 # Values are summed up when this many are held: a step then costs no kernel, and memory stays below 2 MB.
 _MOST_HELD = 2**17
@@ -43,17 +43,39 @@ class Meter:
 
     def read(self, communicator: Communicator) -> dict[str, float]:
         """Reduced values by name, and a fresh start. A metric whose weight is zero is left out."""
-        self._fold()
-        names = sorted(self._sums)
-        found: dict[str, float] = {}
-        if names:
-            flat = communicator.sum(_stack([part for name in names for part in self._sums[name]])).tolist()
-            found = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1] != 0}
-        if self._maxima:
-            names = sorted(self._maxima)
-            found |= dict(zip(names, communicator.max(_stack([self._maxima[n] for n in names])).tolist(), strict=True))
+        sums, maxima = self._reduced(communicator)
         self._sums, self._maxima = {}, {}
+        found: dict[str, float] = {}
+        if sums:
+            flat = torch.stack([part for pair in sums.values() for part in pair]).tolist()
+            found = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(sums) if flat[2 * i + 1] != 0}
+        if maxima:
+            found |= dict(zip(maxima, torch.stack([*maxima.values()]).tolist(), strict=True))
         return found
+
+    def collect(self, communicator: Communicator) -> None:
+        """Moves what all ranks hold to rank 0, so that its state is that of the run."""
+        if communicator.world_size > 1:
+            sums, maxima = self._reduced(communicator)
+            self._sums, self._maxima = (sums, maxima) if communicator.rank == 0 else ({}, {})
+
+    def _reduced(self, communicator: Communicator) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """Sums and maxima over ranks, on every rank. A rank without rows may not know a name."""
+        self._fold()
+        told = gather_plain(communicator, [sorted(self._sums), sorted(self._maxima)])
+        sum_names, maximum_names = (sorted({name for own in told for name in own[kind]}) for kind in range(2))
+        nothing = torch.zeros((), dtype=torch.float64)
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        if sum_names:
+            own = [part for name in sum_names for part in self._sums.get(name, (nothing, nothing))]
+            flat = communicator.sum(_stack(own)).unbind()
+            sums = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(sum_names)}
+        maxima: dict[str, Tensor] = {}
+        if maximum_names:
+            least = torch.full((), -torch.inf, dtype=torch.float64)
+            flat = communicator.max(_stack([self._maxima.get(name, least) for name in maximum_names])).unbind()
+            maxima = dict(zip(maximum_names, flat, strict=True))
+        return sums, maxima
 
     def state_dict(self) -> Any:
         self._fold()

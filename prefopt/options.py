@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from prefopt.decode import decode, decode_value, unquoted
 from prefopt.errors import ConfigError, DataError
@@ -20,6 +20,7 @@ EXACT = "exact"
 SENTIMENT = "sentiment:"
 CONTROL = "control:"
 GRIDWORLD = "gridworld"
+Part = TypeVar("Part")
 
 
 _TASKS: Mapping[str, Literal["sentiment", "control"]] = {SENTIMENT: "sentiment", CONTROL: "control"}
@@ -254,6 +255,27 @@ class TuningOptions:
 
 
 @dataclass(frozen=True)
+class ParallelOptions:
+    """How one run is spread over processes (not a part of `Options`: the run is the same, and goes on, on any number).
+
+    Args:
+        strategy: single: one process. ddp: every process of the launcher (torchrun, accelerate) holds the whole model and takes
+            a share of each step's rows. fsdp2: each holds a share of the weights too.
+        rank_timeout: Seconds after which a process that keeps the others waiting ends the run on all of them; one that is not
+            heard of does so after a minute, if that is less.
+    """
+
+    strategy: Literal["single", "ddp", "fsdp2"] = "single"
+    rank_timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in ("single", "ddp", "fsdp2"):
+            raise ConfigError(f"strategy must be 'single', 'ddp' or 'fsdp2', got {self.strategy!r}.")
+        if not self.rank_timeout > 0:
+            raise ConfigError(f"rank_timeout must be positive, got {self.rank_timeout}.")
+
+
+@dataclass(frozen=True)
 class EvaluationOptions:
     """What is measured, and how often.
 
@@ -330,19 +352,21 @@ def build_options(values: Mapping[str, Any], **defaults: Any) -> Options:
         ConfigError: a value of another type, or out of range.
     """
     given = {**defaults, **values}
-    parts = {}
-    for part, kind in get_type_hints(Options).items():
-        hints = get_type_hints(kind)
-        try:
-            read = {
-                f.name: decode_value(hints[f.name], unquoted(hints[f.name], given[f.name]), f.name)
-                for f in fields(kind)
-                if f.name in given
-            }
-        except DataError as error:
-            raise ConfigError(str(error)) from error
-        parts[part] = kind(**read)
-    return Options(**parts)
+    return Options(**{part: build_part(kind, given) for part, kind in get_type_hints(Options).items()})
+
+
+def build_part(kind: type[Part], given: Mapping[str, Any]) -> Part:
+    """One dataclass of options, as `build_options`."""
+    hints = get_type_hints(kind)
+    try:
+        read = {
+            f.name: decode_value(hints[f.name], unquoted(hints[f.name], given[f.name]), f.name)
+            for f in fields(kind)  # type: ignore[arg-type]
+            if f.name in given
+        }
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    return kind(**read)
 
 
 def options_of(stored: Mapping[str, Any], where: str) -> Options:

@@ -98,6 +98,12 @@ class PackedBatch:
             found.update(zip(_LETTERS[infix], index.shape, strict=True))
         return found
 
+    def without_rows(self) -> PackedBatch:
+        """The same tokens to encode, but nothing that a loss sees: every tensor has no rows."""
+        roles = {name: index[:0] for name, index in self.roles.items()}
+        data = {name: value[:0] if value.dim() else value for name, value in self.data.items()}
+        return replace(self, roles=roles, data=data, ids=())
+
     def scatter_tokens(self, values: Tensor) -> Tensor:
         """[C] values of scored tokens -> [N, T], 0 where the mask is 0. Carries gradient."""
         flat = values.new_zeros(self.mask.numel())

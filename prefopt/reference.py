@@ -30,7 +30,7 @@ from prefopt.data.records import Example
 from prefopt.errors import ConfigError
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.models.fingerprint import fingerprint
-from prefopt.models.packed import Reference
+from prefopt.models.packed import PackedPolicy, Reference
 from prefopt.packing import PackedBatch, flat_roles, pack
 from prefopt.shards import UNKNOWN, Index, Shard, read_shard, unwritable, write_shard
 
@@ -89,6 +89,11 @@ class ReferenceCache:
         self._seen: set[str] = set()  # names of shards, good and bad
         self._load()
 
+    @property
+    def policy(self) -> PackedPolicy:
+        """Whose weights are read: under LoRA those of the policy that is trained."""
+        return self._reference.policy
+
     def rows(self, examples: Sequence[Example], *, store: bool = True) -> list[Tensor]:
         """[length] float32 (or wider) log-probs of every completion, in row order: example 0's completions first.
 
@@ -145,6 +150,11 @@ class ReferenceCache:
                         self.store()
             waiting = taken
         self._adopt(parts)
+
+    def count(self, examples: Iterable[Example]) -> None:
+        """Counts examples as asked for without computing them: those that another process computes."""
+        for example in examples:
+            self._count([example], [completion_keys(example)])
 
     def store(self) -> None:
         """Moves what was computed into a shard.

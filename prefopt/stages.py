@@ -13,13 +13,14 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -100,17 +101,17 @@ def supervised_start(
         examples = _EveryCompletion(examples)
     key = content_key("sft", weights, examples_key(examples), both, asdict(budget), asdict(optimization))
     folder = cache / "sft" / key
-    known = _load_stage(folder, policy)
-    if known is not None:
-        return known
-    stream = OfflineStream(examples, kind="completions", budget=budget, dtype=policy.dtype)
-    result = fit(policy, losses.get("sft").bind(), stream, optimization, console=console, title="SFT of the shared start")
-    loss = next((line["loss"] for line in reversed(result.lines) if "loss" in line), float("nan"))
-    return _write_stage(
-        folder,
-        policy.trainable_state(),
-        Stage(key, result.tokens, result.seconds, False, {"loss": loss, "steps": result.steps}),
-    )
+    with _known_stage(folder, policy) as known:
+        if known is not None:
+            return known
+        stream = OfflineStream(examples, kind="completions", budget=budget, dtype=policy.dtype)
+        result = fit(policy, losses.get("sft").bind(), stream, optimization, console=console, title="SFT of the shared start")
+        loss = next((line["loss"] for line in reversed(result.lines) if "loss" in line), float("nan"))
+        return _write_stage(
+            folder,
+            policy.trainable_state(),
+            Stage(key, result.tokens, result.seconds, False, {"loss": loss, "steps": result.steps}),
+        )
 
 
 # How many training rows centre a reward model's scores.
@@ -162,17 +163,17 @@ def reward_model(
     scorer = RewardModelScorer(
         policy, max_length=max_length, max_completion_length=max_completion_length, micro_batch_tokens=budget.micro_batch_tokens
     )
-    known = _load_stage(folder, policy)
-    if known is not None:
-        scorer.offset = known.facts["offset"]
-        return scorer, known
-    begin = time.perf_counter()
-    stream = OfflineStream(train, kind=algorithms.stream_of(losses.get(loss.name)), budget=budget, dtype=policy.dtype)
-    result = fit(policy, loss, stream, optimization, console=console, title=title)
-    scorer.centre(train[:_CENTRING_ROWS])
-    facts = {"offset": scorer.offset, "steps": result.steps, "train_rows": len(train), **held_out_facts(scorer, held_out)}
-    stage = Stage(key, result.tokens, time.perf_counter() - begin, False, facts)
-    return scorer, _write_stage(folder, policy.trainable_state(), stage)
+    with _known_stage(folder, policy) as known:
+        if known is not None:
+            scorer.offset = known.facts["offset"]
+            return scorer, known
+        begin = time.perf_counter()
+        stream = OfflineStream(train, kind=algorithms.stream_of(losses.get(loss.name)), budget=budget, dtype=policy.dtype)
+        result = fit(policy, loss, stream, optimization, console=console, title=title)
+        scorer.centre(train[:_CENTRING_ROWS])
+        facts = {"offset": scorer.offset, "steps": result.steps, "train_rows": len(train), **held_out_facts(scorer, held_out)}
+        stage = Stage(key, result.tokens, time.perf_counter() - begin, False, facts)
+        return scorer, _write_stage(folder, policy.trainable_state(), stage)
 
 
 def reward_loss(name: str, **hyper: Any) -> BoundLoss:
@@ -241,6 +242,21 @@ class _EveryCompletion(Sequence[Example]):
         example = self._examples[row]
         k = index - int(self._ends[row]) + len(example.completion_ids)
         return replace(example, id=f"{example.id}/{k}", completion_ids=(example.completion_ids[k],), labels=Labels())
+
+
+@contextlib.contextmanager
+def _known_stage(folder: Path, policy: PackedPolicy) -> Iterator[Stage | None]:
+    """As `_load_stage`; None where this process is to train the stage, while others that need it wait for the end of the block.
+
+    Without the lock every process of a run on several would train it.
+    """
+    known = _load_stage(folder, policy)
+    if known is not None:
+        yield known
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        yield _load_stage(folder, policy)
 
 
 def _load_stage(folder: Path, policy: PackedPolicy) -> Stage | None:

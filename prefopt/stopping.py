@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,27 +16,39 @@ _STANDARD_ERROR = 2
 
 
 class StopRequest:
-    """Whether a signal has come. `number` is 0 until then."""
+    """Whether a signal has come. `number` is 0 until then.
 
-    def __init__(self) -> None:
+    Args:
+        echo: seconds in which a second signal is taken for the first one: a launcher passes on to its processes what a
+            terminal or a scheduler has sent to all of them already.
+    """
+
+    def __init__(self, echo: float = 0.0) -> None:
         self.number = 0
+        self._echo, self._came = echo, 0.0
 
     def receive(self, number: int, _: FrameType | None) -> None:
         """The handler."""
+        if self.number and time.monotonic() < self._came + self._echo:
+            return
         if self.number:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.number = number
+        self.number, self._came = number, time.monotonic()
         name = signal.Signals(number).name
         # Not through a console: its lock may be held by what was interrupted.
         os.write(_STANDARD_ERROR, f"{name}: stopping after this step; again to stop at once.\n".encode())
 
 
 @contextmanager
-def listening(wanted: bool) -> Iterator[StopRequest]:
-    """Takes the signals over while a run that can save itself is on; elsewhere, and in threads, they keep their meaning."""
-    request = StopRequest()
+def listening(wanted: bool, echo: float = 0.0) -> Iterator[StopRequest]:
+    """Takes the signals over while a run that can save itself is on; elsewhere, and in threads, they keep their meaning.
+
+    Args:
+        echo: as `StopRequest`.
+    """
+    request = StopRequest(echo)
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -28,6 +28,8 @@ from prefopt.packing import (
     pair_roles,
     split_by_tokens,
 )
+from prefopt.parallel.split import build_parts, own_parts
+from prefopt.parallel.strategy import Strategy
 from prefopt.reference import ReferenceCache
 
 Step = list[Batch]
@@ -126,6 +128,7 @@ class OfflineStream:
         needs: tensors that the loss names; where a mismatched completion is among them, every prompt gets one.
         reference: attaches `reference_token_logps`; None when no loss asks for them.
         dtype: of masks.
+        strategy: the processes that the rows of a step are shared out between.
     """
 
     prefetchable = True  # no step depends on the update before it
@@ -139,6 +142,7 @@ class OfflineStream:
         needs: Collection[str] = (),
         reference: ReferenceCache | None = None,
         dtype: torch.dtype = torch.float32,
+        strategy: Strategy | None = None,
     ) -> None:
         if not len(examples):
             raise DataError(
@@ -153,6 +157,7 @@ class OfflineStream:
         self._reference = reference
         self._in_loop = reference is not None and budget.reference_pass == "in-loop"
         self._dtype = dtype
+        self._strategy = strategy or Strategy()
         self._step = 0
         self._order: tuple[int, list[int]] = (-1, [])
         if reference is not None and not self._in_loop:
@@ -167,12 +172,21 @@ class OfflineStream:
             while self._step < self.total_steps:
                 examples = self._rows_of(self._step)
                 self._step += 1
-                if self._reference is not None and self._in_loop:
-                    self._reference.rows(examples, store=False)  # the whole step's at once, in parts sorted by length
-                yield [self.build(part) for part in self._budget.split(examples)]
+                parts = own_parts(examples, self._budget, self._strategy.communicator)
+                if self._in_loop:
+                    self._ask(examples, parts)
+                yield build_parts(parts, examples, self.build)
         finally:
             if self._reference is not None and self._in_loop:
                 self._reference.store()
+
+    def _ask(self, examples: Sequence[Example], parts: Sequence[Sequence[Example]]) -> None:
+        """Has the reference log-probs of a step's own parts computed at once, sorted by length."""
+        assert self._reference is not None
+        self._reference.count(examples)
+        with self._strategy.whole(self._reference.policy):
+            if own := [example for part in parts for example in part]:
+                self._reference.rows(own, store=False)
 
     def _rows_of(self, step: int) -> list[Example]:
         begin = step * self._budget.batch_size
@@ -206,10 +220,10 @@ class OfflineStream:
 
     def load_state_dict(self, state: Any) -> None:
         self._step = state["step"]
-        if self._reference is not None and self._in_loop:
-            # Asked for step by step as before, the rows have the same numbers as in a run that was never stopped.
+        if self._in_loop:  # asked for step by step as before, rows have the same numbers as in a run that was never stopped
             for step in range(self._step):
-                self._reference.rows(self._rows_of(step), store=False)
+                examples = self._rows_of(step)
+                self._ask(examples, own_parts(examples, self._budget, self._strategy.communicator))
 
 
 def build_batch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from losses.registry import BoundLoss, BoundTerm
 from losses.types import VOCABULARY, LossOutput, Max, Metric
 from prefopt import checkpoint
-from prefopt.communicator import Communicator, SingleProcess
+from prefopt.communicator import gather_bytes, gather_plain
 from prefopt.coupled import coupled_objectives
 from prefopt.errors import ConfigError, OutputError, SaveError, Stopped, TrainingError
 from prefopt.first_loss import anchor_loss, check_first_loss
@@ -25,6 +25,7 @@ from prefopt.memory import Halver, explained
 from prefopt.metrics import Meter
 from prefopt.models.protocol import Batch, Policy, trainable_parameters
 from prefopt.optimization import Logging, Optimization, build_optimizer
+from prefopt.parallel.strategy import Strategy
 from prefopt.prefetch import Feed
 from prefopt.recovery import Recovery
 from prefopt.runlog import RunLog
@@ -61,7 +62,7 @@ def fit(
     resume: bool = False,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     evaluate_at: Sequence[int] = (),
-    communicator: Communicator | None = None,
+    strategy: Strategy | None = None,
     console: Console | None = None,
     title: str = "training",
     starts_at_reference: bool = True,
@@ -79,7 +80,8 @@ def fit(
         resume: go on from the newest good checkpoint in `folder`, if there is one.
         evaluate: called after the steps in `evaluate_at`; its numbers enter metrics.jsonl as `eval/<name>`.
         evaluate_at: step counts; 0 is before the first update.
-        communicator: reductions over ranks; a single process by default.
+        strategy: how the run is spread over processes; every one of them calls `fit` with an equal policy and a stream that has
+            the same strategy. One process by default. Afterwards each holds the whole trained policy, and rank 0 alone `lines`.
         console: where progress and messages go; None is silent.
         title: of the progress bar.
         starts_at_reference: False for a policy that has moved away from its reference already, as in later rounds of a loop:
@@ -90,22 +92,25 @@ def fit(
             memory is not enough; the update was not made. On a GPU what is not finite is found at the next log line,
             checkpoint or evaluation, and no update was made in between.
         OutputError: `folder` holds checkpoints and `resume` is off, or cannot be written.
-        ConfigError: the checkpoint to resume from was written by another loss, optimizer or length of run.
+        ConfigError: the checkpoint to resume from was written by another loss, optimizer or length of run, or the processes
+            see different checkpoints.
         Stopped: SIGINT, SIGTERM or SIGUSR1 came, the step was finished and a checkpoint written.
     """
     optimization, logging, recovery = optimization or Optimization(), logging or Logging(), recovery or Recovery()
-    say = _sayer(console)
-    run = _Run(policy, loss, stream, optimization, logging, recovery, folder, communicator or SingleProcess(), say)
+    strategy = strategy or Strategy()
+    console = console if strategy.leads else None
+    run = _Run(policy, loss, stream, optimization, logging, recovery, folder, strategy, _sayer(console))
     run.anchored = starts_at_reference
     if resume:
         run.restore()
     elif folder is not None and checkpoint.list_checkpoints(folder):
         raise OutputError(f"{folder} holds checkpoints of an earlier run: resume it, or name another folder.")
-    patient = recovery.on_failed_save == "continue"
-    log = RunLog(folder, title, stream.total_steps, start=run.step, console=console, patient=patient)
+    patient, own = recovery.on_failed_save == "continue", folder if strategy.leads else None
+    log = RunLog(own, title, stream.total_steps, start=run.step, console=console, patient=patient)
     run.result.lines.extend(log.earlier)
     # A reward model may be trained in the middle of an evaluation, which has gradients off.
-    with log, torch.enable_grad(), listening(folder is not None) as request:
+    echo = _LAUNCHER_ECHO if strategy.communicator.world_size > 1 else 0.0
+    with log, torch.enable_grad(), listening(folder is not None, echo) as request:
         run.resume_clock()
         if run.step == 0:
             run.evaluate(log, evaluate, evaluate_at)
@@ -116,12 +121,20 @@ def fit(
             run.after_update(log)
             run.evaluate(log, evaluate, evaluate_at)
             due = logging.save_every and _due(run.step, logging.save_every, stream.total_steps)
-            if folder is not None and (due or request.number):
+            # A signal may reach one rank only, or two ranks in different steps.
+            asked = int(run.communicator.max(torch.tensor(request.number)))
+            if folder is not None and (due or asked):
                 run.save()
-            if request.number:
-                raise Stopped(request.number, run.step, stream.total_steps)
+            if asked:
+                raise Stopped(asked, run.step, stream.total_steps)
         run.guard.check()
+        run.count_tokens()
+    strategy.release(policy)
     return run.result
+
+
+# Seconds in which a launcher has passed a signal on to its processes.
+_LAUNCHER_ECHO = 3.0
 
 
 class _Run:
@@ -136,23 +149,25 @@ class _Run:
         logging: Logging,
         recovery: Recovery,
         folder: Path | None,
-        communicator: Communicator,
+        strategy: Strategy,
         say: Callable[[str], None],
     ) -> None:
         self.policy, self.loss, self.stream, self.optimization = policy, loss, stream, optimization
-        self.logging, self.folder, self.communicator, self.say = logging, folder, communicator, say
+        self.logging, self.folder, self.strategy, self.say = logging, folder, strategy, say
+        self.communicator = strategy.communicator
         self.recovery, self.halver = recovery, Halver(recovery.on_out_of_memory == "halve", say)
-        if recovery.on_out_of_memory == "halve" and communicator.world_size > 1:
+        if recovery.on_out_of_memory == "halve" and self.communicator.world_size > 1:
             raise ConfigError("on_out_of_memory halve is of one process: of several, those with room would wait for ever.")
-        self.parameters = trainable_parameters(policy)
-        if not self.parameters:
+        if not trainable_parameters(policy):
             raise ConfigError("the policy has no trainable parameter: every weight is frozen.")
+        strategy.prepare(policy)
+        self.parameters = trainable_parameters(policy)
         self.device = self.parameters[0].device
         self.optimizer = build_optimizer(policy, optimization)
         # A CPU has its numbers at once; a GPU is asked for them where a log line waits for it anyway.
         # To skip a step, its numbers must be known before the next one.
         deferred = self.device.type != "cpu" and not recovery.skip_bad_steps
-        self.guard = UpdateGuard(self.optimizer, self.device, deferred=deferred, folder=folder)
+        self.guard = UpdateGuard(self.optimizer, self.device, deferred=deferred, folder=folder if strategy.leads else None)
         self.skipped = 0  # updates left out, because their loss or gradient was not finite
         self.feed = Feed(stream, self.device)
         self.meter = Meter()
@@ -164,6 +179,8 @@ class _Run:
         # This step's metrics, one of each micro-batch, for streams that go by them.
         self._reported: dict[str, list[Metric]] = {}
         self.result = FitResult()
+        self._tokens = 0  # of this rank, not yet in the result
+        self._states = sorted(n for n in loss.needs | loss.optional if VOCABULARY[n].source == "state")
         self._plain = [term for term in loss.terms if not term.coupled]
         self._coupled = [term for term in loss.terms if term.coupled]
         self._planned = stream.total_steps  # rollouts may leave out some of them on the way
@@ -182,9 +199,10 @@ class _Run:
         scale = self.optimization.rate(self.step, self.stream.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.optimization.learning_rate * group["lr_scale"] * scale
+        self.strategy.at_step(self.step + 1)
         take_back = self._reports() if self.recovery.skip_bad_steps else None
         micro_batches, (total, weights) = self.halver.run(micro_batches, self._backward, self._reports)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.optimization.clip_norm or math.inf)
+        norm = self.strategy.clip(self.parameters, self.optimization.clip_norm or math.inf)
         try:
             self.guard.watch(self.step + 1, micro_batches, total, norm, weights)
             self.optimizer.step()
@@ -205,7 +223,7 @@ class _Run:
         self._reported = {}
         self.step += 1
         self.result.steps = self.step
-        self.result.tokens += sum(batch.tokens for batch in micro_batches)
+        self._tokens += sum(batch.tokens for batch in micro_batches if batch.ids)
 
     def _reports(self) -> Callable[[], None]:
         """Takes back what a step that is not made has told the meter and the running statistics, and its gradient."""
@@ -233,48 +251,55 @@ class _Run:
         whole = len(micro_batches) == 1 and self.communicator.world_size == 1
         plain, coupled = (self.loss.terms, ()) if whole else (self._plain, self._coupled)
         weights = {} if whole else self._global_weights(plain, micro_batches)
-        surrogates = coupled_objectives(coupled, self._given, self.policy, micro_batches, self.communicator, self._record)
+        surrogates = coupled_objectives(
+            coupled, self._given, self.policy, micro_batches, self.communicator, self._record_shared
+        )
         values: list[Tensor] = [torch.zeros((), device=self.device)]
         anchors: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
-            tensors = self._tensors(batch)
-            outputs = [(term, _output(term, tensors)) for term in plain]
+            tensors = self._tensors(batch, last=index == len(micro_batches) - 1)
+            outputs = [(term, _output(term, tensors)) for term in plain] if batch.ids else []
             if whole:
                 weights = {term.name: output.weight.detach().double().sum() for term, output in outputs}
             objectives = [t.coefficient * (out.loss * out.weight).sum() / weights[t.name] for t, out in outputs]
             for term, output in outputs:
                 self._record(term, output)
             if self.step == 0 and self.anchored and outputs:
-                anchors.append(anchor_loss(plain, batch, tensors, weights))
+                anchors.append(anchor_loss(plain, batch, tensors, weights).to(self.device))
             values.extend(value.detach() for value in objectives)
             parts = [*objectives, *surrogates.objectives(index, tensors)]
+            if not batch.ids:  # it has no rows: a pass beside those of the other ranks, whose gradient is zero
+                parts = [value.sum() for name, value in tensors.items() if name in self._from_policy]
             (parts[0] if len(parts) == 1 else torch.stack(parts).sum()).backward()
         self._fold_updates()
         total = self.communicator.sum(torch.stack(values).sum())
-        if anchors and not any(torch.isnan(anchor) for anchor in anchors):
-            self._check_first_loss(total, torch.stack(anchors).sum(), micro_batches)
+        if self.step == 0 and self.anchored and plain:
+            anchor = torch.stack([torch.zeros((), dtype=torch.float64, device=self.device), *anchors]).sum()
+            self._check_first_loss(total, self.communicator.sum(anchor), micro_batches)
         # Every rank has the coupled terms of all ranks.
         return total + sum(surrogates.values), {**weights, **surrogates.weights}
 
     def _global_weights(self, terms: Sequence[BoundTerm], micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Each term's weight summed over all micro-batches and ranks, before any forward pass: weights never depend on
         policy values, so the loss on zeros yields them."""
-        totals: dict[str, Tensor] = {}
+        totals = {term.name: torch.zeros((), dtype=torch.float64, device=self.device) for term in terms}
         for batch in micro_batches:
-            for term in terms:
+            for term in terms if batch.ids else ():
                 given = self._given(batch, term.needs | term.optional)
                 zeros = {name: torch.zeros(_shape(name, batch), device=self.device) for name in term.needs & self._from_policy}
                 with torch.no_grad():
                     weight = _output(term, {**zeros, **given}).weight.double().sum()
-                totals[term.name] = totals[term.name] + weight if term.name in totals else weight
-        return {name: self.communicator.sum(total) for name, total in totals.items()}
+                totals[term.name] = totals[term.name] + weight
+        return dict(zip(totals, self.communicator.sum(torch.stack([*totals.values()])).unbind(), strict=True)) if totals else {}
 
     def _check_first_loss(self, got: Tensor, anchor: Tensor, micro_batches: Sequence[Batch]) -> None:
+        if torch.isnan(anchor):  # neither a reference nor a sampling policy is known
+            return
         if getattr(self.policy, "dropout", False):
             self.say("dropout is on: the first loss is not compared with the loss of policy = reference.")
             return
         try:
-            check_first_loss(got, self.communicator.sum(anchor), self.parameters[0], _ids(micro_batches))
+            check_first_loss(got, anchor, self.parameters[0], _ids(micro_batches))
         except TrainingError:
             self.optimizer.zero_grad(set_to_none=True)
             raise
@@ -295,9 +320,9 @@ class _Run:
         total, count = self.running[name]
         return torch.where(count > 0, total / count, 0.0).float()
 
-    def _tensors(self, batch: Batch) -> dict[str, Tensor]:
+    def _tensors(self, batch: Batch, *, last: bool) -> dict[str, Tensor]:
         given = self._given(batch, self.loss.needs | self.loss.optional)
-        return {**given, **self.policy.evaluate(batch, self._from_policy)}
+        return {**given, **self.strategy.evaluate(batch, self._from_policy, last=last)}
 
     def _record(self, term: BoundTerm, output: LossOutput) -> None:
         for name, metric in output.metrics.items():
@@ -309,9 +334,17 @@ class _Run:
             added = torch.stack([value.detach().double().to(self.device) for value in (total, count)])
             self._added[name] = self._added[name] + added if name in self._added else added
 
+    def _record_shared(self, term: BoundTerm, output: LossOutput) -> None:
+        """As `_record`, for an output that every rank has: it counts on rank 0 alone."""
+        share = float(self.strategy.leads)
+        updates = {name: (total * share, count * share) for name, (total, count) in output.updates.items()}
+        metrics = {n: m if isinstance(m, Max) else (m[0], m[1] * share) for n, m in output.metrics.items()}
+        self._record(term, replace(output, weight=output.weight * share, metrics=metrics, updates=updates))
+
     def _fold_updates(self) -> None:
         """Adds what the step's terms report to the running statistics, summed over ranks."""
-        for name, own in self._added.items():
+        for name in self._states:
+            own = self._added.get(name, torch.zeros(2, dtype=torch.float64, device=self.device))
             added = self.communicator.sum(own)
             self.running[name] = self.running[name] + added if name in self.running else added
         self._added = {}
@@ -323,7 +356,13 @@ class _Run:
     def settle(self) -> None:
         """Waits for the device, refuses what was not finite, and stops the clock until `resume_clock`."""
         self.guard.check()
+        self.count_tokens()
         self._timer += time.perf_counter() - self._began
+
+    def count_tokens(self) -> None:
+        """Brings the result's tokens up to date, those of all ranks; they do it together."""
+        self.result.tokens += int(self.communicator.sum(torch.tensor(self._tokens)))
+        self._tokens = 0
 
     def after_update(self, log: RunLog) -> None:
         """Writes a log line when one is due."""
@@ -349,7 +388,7 @@ class _Run:
         generators = checkpoint.generator_state()
         self.policy.train(False)
         self._in_training = False
-        with torch.no_grad():
+        with torch.no_grad(), self.strategy.whole(self.policy):
             line = {"step": self.step} | {f"eval/{name}": value for name, value in evaluate().items()}
         checkpoint.load_generator_state(generators)
         log.write(line, {})
@@ -359,10 +398,12 @@ class _Run:
     def save(self) -> None:
         assert self.folder is not None
         self.settle()
+        self.meter.collect(self.communicator)
+        own_generators = checkpoint.to_bytes(checkpoint.generator_state())
         tree = {
-            "policy": self.policy.trainable_state(),
-            "optimizer": checkpoint.optimizer_state(self.optimizer),
-            "generators": checkpoint.generator_state(),
+            "policy": self.strategy.full(self.policy.trainable_state()),
+            "optimizer": self.strategy.full(checkpoint.optimizer_state(self.optimizer)),
+            "generators": [checkpoint.from_bytes(found) for found in gather_bytes(self.communicator, own_generators)],
             "stream": self.feed.state_dict(),
             "meter": self.meter.state_dict(),
             "running": dict(self.running),
@@ -372,7 +413,8 @@ class _Run:
             "run": self._description(),
         }
         try:
-            checkpoint.save(self.folder, self.step, tree, keep=self.logging.keep)
+            if self.strategy.leads:
+                checkpoint.save(self.folder, self.step, tree, keep=self.logging.keep)
         except SaveError as error:
             if self.recovery.on_failed_save == "stop":
                 raise
@@ -392,6 +434,12 @@ class _Run:
         if self.folder is None:
             raise ConfigError("resume needs the run's output folder.")
         found = checkpoint.load_latest(self.folder, self.say)
+        steps = gather_plain(self.communicator, None if found is None else found[0])
+        if len({*steps}) > 1:
+            raise ConfigError(
+                f"the processes see different newest checkpoints in {self.folder} (after steps {', '.join(map(str, steps))}): "
+                "the folder must be one that all of them share."
+            )
         if found is None:
             self.say("nothing to resume: no checkpoint yet, starting from the first step.")
             return
@@ -403,16 +451,33 @@ class _Run:
                 f"the checkpoint in {self.folder} was written by a run with another {differing}; resume with the same options, "
                 "or name another folder."
             )
-        self.policy.load_trainable_state(tree["policy"])
-        checkpoint.load_optimizer_state(self.optimizer, tree["optimizer"])
+        self._load_weights(tree["policy"], tree["optimizer"])
         self.stream.load_state_dict(tree["stream"])
-        self.meter.load_state_dict(tree["meter"])
+        if self.strategy.leads:  # it is that of all ranks
+            self.meter.load_state_dict(tree["meter"])
         self.running = {name: pair.to(self.device) for name, pair in tree["running"].items()}
         self.step = self.result.steps = tree["step"]
         self.result.tokens = tree["tokens"]
         self.skipped = tree.get("skipped", 0)  # earlier versions had none
-        checkpoint.load_generator_state(tree["generators"])
+        written, ranks = len(tree["generators"]), self.communicator.world_size
+        checkpoint.load_generator_state(tree["generators"][self.communicator.rank % written])
         self.say(f"resumed after step {step}.")
+        if written != ranks:
+            self.say(
+                f"the checkpoint was written by {_processes(written)}, this run has {_processes(ranks)}: the order of rows is "
+                "the same, losses agree to rounding."
+            )
+
+    def _load_weights(self, policy: Mapping[str, Tensor], optimizer: Any) -> None:
+        """Takes this rank's part of a checkpoint's weights and optimizer state."""
+        like, own = self.strategy.like, self.policy.trainable_state()
+        self.policy.load_trainable_state({name: like(value, own.get(name)) for name, value in policy.items()})
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = {
+            index: {name: like(value, parameters[int(index)]) for name, value in values.items()}
+            for index, values in optimizer["state"].items()
+        }
+        checkpoint.load_optimizer_state(self.optimizer, {**optimizer, "state": state})
 
 
 def _output(term: BoundTerm, tensors: Mapping[str, Tensor]) -> LossOutput:
@@ -434,6 +499,10 @@ def _shape(name: str, batch: Batch) -> tuple[int, ...]:
 
 def _ids(micro_batches: Sequence[Batch]) -> list[str]:
     return [row for batch in micro_batches for row in batch.ids]
+
+
+def _processes(count: int) -> str:
+    return f"{count} processes" if count > 1 else "1 process"
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from prefopt.cli import catalogue
 from prefopt.cli.flags import (
     Flag,
     check_values,
+    field_flags,
     hyper_flags,
     import_flag,
     import_paths,
@@ -36,7 +38,9 @@ from prefopt.environment import environment
 from prefopt.errors import ConfigError, OutputError
 from prefopt.files import contents, differences, empty, locked, parse_json, staged_folder, write_json
 from prefopt.machine import standard_console
-from prefopt.options import Options, build_options, default_cache
+from prefopt.options import Options, ParallelOptions, build_options, build_part, default_cache
+from prefopt.parallel.choice import open_strategy
+from prefopt.parallel.strategy import Strategy
 from prefopt.report.schema import PER_PAIR_FILE, PER_PROMPT_FILE, Metric, save_rows
 from prefopt.rewards.quality import Quality, measure_quality, quality_table
 from prefopt.runlog import FILE as METRICS_FILE
@@ -121,6 +125,7 @@ def _run_flags() -> list[Flag]:
         Flag("resume", bool, False, "Go on from the newest checkpoint in the folder.", _RUN),
         Flag("overwrite", bool, False, "Delete the run that the folder holds.", _RUN),
         import_flag(_RUN),
+        *field_flags(ParallelOptions, "Processes"),
     ]
 
 
@@ -140,16 +145,18 @@ def _command(algorithm: algorithms.Algorithm, more: Sequence[Flag] = ()) -> Any:
             raise ConfigError(f"name the folder of this run: prefopt train {algorithm.name} --output-dir FOLDER.")
         setting = check_values(algorithm.setting(**{name: values[name] for name in algorithm.flags if name in values}))
         options = build_options(values, save_every=SAVE_EVERY)
-        train(
-            setting,
-            options,
-            output_dir,
-            seed=seed,
-            resume=resume,
-            overwrite=overwrite,
-            imports=imports,
-            console=standard_console(),
-        )
+        with open_strategy(build_part(ParallelOptions, values)) as strategy:
+            train(
+                setting,
+                options,
+                output_dir,
+                seed=seed,
+                resume=resume,
+                overwrite=overwrite,
+                imports=imports,
+                console=standard_console() if strategy.leads else Console(quiet=True),
+                strategy=strategy,
+            )
 
     return make_command(run, flags)
 
@@ -164,31 +171,48 @@ def train(
     overwrite: bool,
     imports: Sequence[str],
     console: Console,
+    strategy: Strategy,
 ) -> None:
-    """Trains, measures and saves one setting in `output`.
+    """Trains, measures and saves one setting in `output`; all processes of `strategy` call this.
 
     Raises:
         OutputError: the folder holds another run, or another process works in it.
     """
     own = {"algorithm": setting.algorithm.name, "hyper": dict(setting.hyper), "seed": seed, "imports": [*imports]}
-    with locked(output):
-        claim(output, {**own, **options.as_dict()}, resume=resume, overwrite=overwrite)
-        _train(setting, options, output, seed=seed, resume=resume, console=console)
+    config = {**own, **options.as_dict()}
+    strategy.agree(config, "the options of the run")
+    with locked(output) if strategy.leads else contextlib.nullcontext():
+        strategy.lead(lambda: claim(output, config, resume=resume, overwrite=overwrite))
+        _train(setting, options, output, seed=seed, resume=resume, console=console, strategy=strategy)
 
 
-def _train(setting: algorithms.Setting, options: Options, output: Path, *, seed: int, resume: bool, console: Console) -> None:
+def _train(
+    setting: algorithms.Setting,
+    options: Options,
+    output: Path,
+    *,
+    seed: int,
+    resume: bool,
+    console: Console,
+    strategy: Strategy,
+) -> None:
     """`train` in a folder that is its own."""
     name, policy = setting.algorithm.name, output / POLICY_FOLDER
-    if (output / RESULT_FILE).exists():
+    if strategy.lead((output / RESULT_FILE).exists):
         console.print(f"already finished; the policy is in {policy}", highlight=False, soft_wrap=True)
         return
     cache = default_cache()
     prepare_process(options, 1)
-    task = build_task(options, cache, console)
-    report = task.training(seed).report
+    with strategy.first():
+        task = build_task(options, cache, console)
+        report = task.training(seed).report
     console.print(render(report))
-    _write_data_report(report, output)
-    result = run_cell(task, setting, options, seed, label=name, cache=cache, folder=output, resume=resume, console=console)
+    strategy.lead(lambda: _write_data_report(report, output))
+    result = run_cell(
+        task, setting, options, seed, label=name, cache=cache, folder=output, resume=resume, console=console, strategy=strategy
+    )
+    if not strategy.leads:
+        return
     with staged_folder(policy) as staged:
         result.save(staged)
     quality = None

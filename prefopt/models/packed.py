@@ -115,6 +115,11 @@ class Reference:
         self.weights = weights
         self.device, self.dtype = policy.device, policy.dtype
 
+    @property
+    def policy(self) -> PackedPolicy:
+        """The frozen model, or the policy whose adapters are switched off."""
+        return self._policy
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[Any]:
         """The model as the reference: adapters and dropout off, without gradient."""

@@ -122,12 +122,11 @@ class GeneratorCredit:
         self._policy, self._budget = policy, micro_batch_tokens
 
     @torch.no_grad()
-    def weights(self, examples: Sequence[Example]) -> Tensor:
-        """[N, T] weights of prompts with a completion each. A completion's last token has none: no step looks at it."""
-        parts = []
+    def weights(self, examples: Sequence[Example], width: int) -> Tensor:
+        """[N, width] weights of prompts with a completion each. A completion's last token has none: no step looks at it."""
+        parts = [torch.zeros(0, width)]
         for part in split_by_tokens(examples, self._budget):
             parts.append(self._policy.rows(pack(part, roles=flat_roles), [STEP_ATTENTION])[STEP_ATTENTION].cpu())
-        width = max(part.shape[1] for part in parts)
         return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from prefopt.errors import ConfigError, DataError
 from prefopt.generate import Decoding, Sample
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference
 from prefopt.packing import Sampling, flat_roles, pack, split_by_tokens
+from prefopt.parallel.strategy import Strategy
 from prefopt.rewards import Scorer, score
+from prefopt.rollouts.share import Share
 from prefopt.streams import Budget, epoch_order
 
 # Draws of a stream's generator must not repeat those of the data's order, which has the same seed.
@@ -44,6 +46,7 @@ class Workshop:
         needs: tensors that the loss names.
         advantage: from `rewards` (and more) to `advantages` and `returns`, hyper-parameters set; None for losses without.
         dtype: of masks and row tensors.
+        strategy: the processes that rollouts are shared out between.
     """
 
     policy: CausalLMPolicy
@@ -57,6 +60,11 @@ class Workshop:
     needs: frozenset[str]
     advantage: Callable[..., Mapping[str, Tensor]] | None
     dtype: torch.dtype = torch.float32
+    strategy: Strategy = field(default_factory=Strategy)
+
+    def share(self, groups: int, per_group: int = 1) -> Share:
+        """How rows are shared out between processes."""
+        return Share(self.strategy.communicator, groups, per_group)
 
     def samples(self, asked: int, default: int, rollout_size: int) -> int:
         """Samples of one prompt: as asked, or `default` for 0.
@@ -150,30 +158,41 @@ class Collector:
 
     @torch.no_grad()
     def collect(self, iteration: int) -> Rollouts:
-        """The rollouts of one iteration, from the policy as it is now."""
+        """The rollouts of one iteration, from the policy as it is now, which every rank must hold whole."""
         shop = self._shop
         shop.policy.train(False)
         asked = [self._prompt(iteration * self.prompts + offset) for offset in range(self.prompts)]
         self._engine.sync(shop.policy)
         seed = int(torch.randint(2**62, (), generator=self._generator))
-        samples = self._engine.generate([e.prompt_ids for e in asked], self.decoding, seed, self.samples)
+        share = shop.share(self.prompts, self.samples)
+        samples = share.join_samples(
+            self._engine.generate([e.prompt_ids for e in asked], self.decoding, seed, self.samples, share.own_groups)
+        )
         prompts = [e for e in asked for _ in range(self.samples)]
         self.sampled += len(samples)
         self.generated_tokens += sum(len(sample.ids) for sample in samples)
         texts = [shop.policy.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
-        scores = score(shop.scorer, [shop.texts[e.id] for e in prompts], texts, [e.id for e in prompts])
+        scores, spread = self._score(share, [e.id for e in prompts], texts)
         finished = torch.tensor([sample.finished for sample in samples])
         # The same prompt may come twice in one collection: the draw's number makes ids unique.
         examples = [
             Example(f"{e.id}#{iteration}.{i}", e.prompt_ids, (s.ids,))
             for i, (e, s) in enumerate(zip(prompts, samples, strict=True))
         ]
-        spread = getattr(shop.scorer, "last_std", None)
         return Rollouts(
             examples, texts, [shop.texts[e.id] for e in prompts], samples,
-            scores.to("cpu", shop.dtype) - self._penalty * (~finished).to(shop.dtype), finished, self.samples,
-            None if spread is None else spread.to("cpu", shop.dtype),
+            scores - self._penalty * (~finished).to(shop.dtype), finished, self.samples, spread,
         )  # fmt: skip
+
+    def _score(self, share: Share, ids: Sequence[str], texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """[N] scores and, where the scorer has one, its disagreement with itself."""
+        shop, own = self._shop, share.own(ids)
+        nothing = torch.zeros(0, dtype=shop.dtype)
+        scores = score(shop.scorer, [shop.texts[i] for i in own], share.own(texts), own).to(nothing) if own else nothing
+        if not hasattr(shop.scorer, "last_std"):
+            return share.join(scores), None
+        spread = shop.scorer.last_std.to(nothing) if own else nothing
+        return share.join(scores), share.join(spread)
 
     def _prompt(self, position: int) -> Example:
         epoch, index = divmod(position, len(self._shop.examples))
@@ -188,15 +207,17 @@ class Collector:
         """[N, T] log-probs of policy and reference (and values) under the sampling distribution, as the shared forward
         computes them, on the CPU; and the mask."""
         shop = self._shop
+        share = shop.share(len(found.examples) // found.per_prompt, found.per_prompt)
         quantities = ["token_logps"] + (["values"] if "values" in shop.needs else [])
         width = int(found.lengths.max())
-        tensors: dict[str, list[Tensor]] = {}
-        done = 0
-        for part in split_by_tokens(found.examples, shop.budget.micro_batch_tokens):
-            own = [s.support for s in found.samples[done : done + len(part)] if s.support is not None]
+        names = ["old_token_logps", "reference_token_logps", "mask"] + (["old_values"] if "values" in shop.needs else [])
+        tensors = {name: [torch.zeros(0, width)] for name in names}
+        self.reference_tokens += sum(example.tokens for example in found.examples)
+        samples, done = share.own(found.samples), 0
+        for part in split_by_tokens(share.own(found.examples), shop.budget.micro_batch_tokens):
+            own = [s.support for s in samples[done : done + len(part)] if s.support is not None]
             sampling = Sampling(self.decoding.temperature, torch.cat(own) if own else None)
             batch = pack(part, roles=flat_roles, dtype=shop.dtype, sampling=sampling)
-            self.reference_tokens += batch.tokens
             rows = shop.policy.rows(batch, quantities)
             parts = {
                 "old_token_logps": rows["token_logps"],
@@ -207,9 +228,9 @@ class Collector:
                 parts["old_values"] = rows["values"]
             for name, value in parts.items():
                 value = value.detach().cpu()
-                tensors.setdefault(name, []).append(torch.nn.functional.pad(value, (0, width - value.shape[1])))
+                tensors[name].append(torch.nn.functional.pad(value, (0, width - value.shape[1])))
             done += len(part)
-        joined = {name: torch.cat(values).to(shop.dtype) for name, values in tensors.items()}
+        joined = {name: share.join(torch.cat(values).to(shop.dtype)) for name, values in tensors.items()}
         return joined, joined.pop("mask")
 
     def state_dict(self) -> Any:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from losses.types import Metric
 from prefopt.data.records import Example, Labels
@@ -19,6 +22,7 @@ from prefopt.engines import EngineName, build_engine
 from prefopt.errors import ConfigError
 from prefopt.generate import Decoding
 from prefopt.packing import PackedBatch, flat_roles, pack, split_by_tokens
+from prefopt.parallel.split import build_parts, own_parts
 from prefopt.rollouts.collect import Collector, Rollouts, Workshop
 from prefopt.streams import WithMismatched, build_batch
 
@@ -117,10 +121,15 @@ class OnlineStream:
         while self._step < self.total_steps:
             iteration, part = divmod(self._step, self._steps_per_iteration)
             if part == 0:
-                self._fill(iteration)
+                with self._shop.strategy.whole(self._shop.policy):
+                    self._fill(iteration)
             chosen = self._rows[part * size : (part + 1) * size]
             self._step += 1
-            yield [self._build(rows) for rows in self._shop.budget.split(chosen)]
+            if self._referenced and any(key not in self._known for row in chosen for key in _keys(row)):
+                with self._shop.strategy.whole(self._shop.policy):
+                    self._learn(chosen)
+            parts = own_parts(chosen, self._shop.budget, self._shop.strategy.communicator)
+            yield build_parts(parts, chosen, self._build)
 
     def metrics(self) -> Mapping[str, Metric]:
         """Facts about the completions collected since the last call."""
@@ -155,21 +164,26 @@ class OnlineStream:
         return {"kl": (kl, torch.ones_like(kl)), "entropy/sampled": (-tensors["old_token_logps"], mask)}
 
     def _build(self, rows: Sequence[Example]) -> PackedBatch:
-        reference = self._reference_logps(rows) if self._referenced else None
+        reference = [self._known[key] for row in rows for key in _keys(row)] if self._referenced else None
         return build_batch(rows, kind=self._kind, reference=reference, dtype=self._shop.dtype, mismatched=self._mismatched)
 
     @torch.no_grad()
-    def _reference_logps(self, rows: Sequence[Example]) -> list[Tensor]:
-        """[length] of each completion, at temperature 1."""
-        keys = [(row.prompt_ids, ids) for row in rows for ids in row.completion_ids]
-        if any(key not in self._known for key in keys):
-            for part in split_by_tokens(rows, self._shop.budget.micro_batch_tokens):
-                batch = pack(part, roles=flat_roles, dtype=self._shop.dtype)
-                self.collector.reference_tokens += batch.tokens
-                logps = self._shop.reference.token_logps(batch).cpu()
-                own = [(row.prompt_ids, ids) for row in part for ids in row.completion_ids]
-                self._known |= {key: logp[: len(key[1])] for key, logp in zip(own, logps, strict=True)}
-        return [self._known[key] for key in keys]
+    def _learn(self, rows: Sequence[Example]) -> None:
+        """Reference log-probs [length] of each completion, at temperature 1, shared out between processes."""
+        share = self._shop.share(len(rows))
+        self.collector.reference_tokens += sum(row.tokens for row in rows)
+        found = [torch.zeros(0, 0, dtype=self._shop.dtype)]
+        for part in split_by_tokens(share.own(rows), self._shop.budget.micro_batch_tokens):
+            found.append(self._shop.reference.token_logps(pack(part, roles=flat_roles, dtype=self._shop.dtype)).cpu())
+        own = iter(logps for part in found for logps in part)
+        padded = [pad_sequence(list(islice(own, len(row.completion_ids))), batch_first=True) for row in share.own(rows)]
+        width = max((part.shape[1] for part in padded), default=0)
+        height = max((part.shape[0] for part in padded), default=0)
+        blocks = [F.pad(part, (0, width - part.shape[1], 0, height - part.shape[0])) for part in padded]
+        joined = share.join(torch.stack(blocks) if blocks else torch.zeros(0, 0, 0, dtype=found[0].dtype))
+        for row, logps in zip(rows, joined, strict=True):
+            for key, logp in zip(_keys(row), logps, strict=False):
+                self._known[key] = logp[: len(key[1])].clone()
 
     def state_dict(self) -> Any:
         return {
@@ -197,6 +211,11 @@ class OnlineStream:
             Example(row["id"], tuple(row["prompt"]), tuple(map(tuple, row["completions"])), Labels.from_list(row["labels"]))
             for row in state["rows"]
         ]
+
+
+def _keys(row: Example) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What the log-probs of a row's completions are known by."""
+    return [(row.prompt_ids, ids) for ids in row.completion_ids]
 
 
 def rank(scores: Tensor, ranking: Ranking, temperature: float, generator: torch.Generator) -> Tensor:

@@ -133,12 +133,21 @@ def credit_source(credit: str, workshop: Workshop) -> tuple[Workshop, CreditSour
         return workshop, lambda found, mask: mask
     if credit == "attention":
         attention = AttentionCredit(workshop.scorer, workshop.policy.tokenizer)
-        return replace(workshop, scorer=attention.scorer), lambda found, mask: attention.weights(
-            [sample.ids for sample in found.samples], mask.shape[1]
-        )
+
+        def attended(found: Rollouts, mask: Tensor) -> Tensor:
+            share = workshop.share(len(mask) // found.per_prompt, found.per_prompt)
+            own = [sample.ids for sample in share.own(found.samples)]
+            return share.join(attention.weights(own, mask.shape[1]) if own else torch.zeros(0, mask.shape[1]))
+
+        return replace(workshop, scorer=attention.scorer), attended
     if credit == "generator":
         generator = GeneratorCredit(workshop.policy, workshop.budget.micro_batch_tokens)
-        return workshop, lambda found, mask: generator.weights(found.examples)
+
+        def written(found: Rollouts, mask: Tensor) -> Tensor:
+            share = workshop.share(len(mask) // found.per_prompt, found.per_prompt)
+            return share.join(generator.weights(share.own(found.examples), mask.shape[1]))
+
+        return workshop, written
     raise ConfigError(f"rollouts: unknown credit {credit!r}; expected {', '.join(get_args(Credit))}.")
 
 

@@ -18,6 +18,7 @@ from prefopt.engines import EngineName, build_engine
 from prefopt.errors import ConfigError
 from prefopt.generate import Decoding
 from prefopt.packing import PackedBatch, Sampling, flat_roles, pack
+from prefopt.parallel.split import build_parts, own_parts
 from prefopt.rollouts.collect import Collector, Rollouts, Workshop
 from prefopt.rollouts.shaping import Credit, ScoreScale, Shaper, ShapingOptions, credit_source
 from prefopt.streams import epoch_order
@@ -164,14 +165,15 @@ class RolloutStream:
             if self._within == self._per_buffer:
                 self._iteration += 1
                 self._within = 0
-                self._fill()
+                with self._shop.strategy.whole(self._shop.policy):
+                    self._fill()
             epoch, part = divmod(self._within, self._steps_per_epoch)
             order = epoch_order(len(self._buffer), self._shop.budget.seed, self._iteration * self._epochs + epoch)
             size = self._shop.budget.batch_size
             chosen = [self._buffer[i] for i in order[part * size : (part + 1) * size]]
             self._step += 1
             self._within += 1
-            yield self._build(chosen)
+            yield self._batches(chosen)
 
     def metrics(self) -> Mapping[str, Metric]:
         """Facts about the rollouts collected since the last call."""
@@ -183,36 +185,36 @@ class RolloutStream:
         if not self._stop_kl or self._within == self._per_buffer:
             return
         pairs = [metric for metric in metrics.get(_MOVED, ()) if isinstance(metric, tuple)]
-        if not pairs:
+        own = [sum(float((value * weight).sum()) for value, weight in pairs), sum(float(weight.sum()) for _, weight in pairs)]
+        moved, count = self._shop.strategy.communicator.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        if not count:
             raise ConfigError(
                 "stop_kl: this loss reports no approx_kl, so nothing says how far the policy has moved; leave it 0."
             )
-        moved = sum(float((value * weight).sum()) for value, weight in pairs) / sum(float(w.sum()) for _, w in pairs)
-        if moved > self._stop_kl:
+        if moved / count > self._stop_kl:
             left = self._per_buffer - self._within
             self._skipped += left
             self._within = self._per_buffer
             self._metrics = {**self._metrics, "stopped_updates": (torch.tensor([float(left)]), torch.ones(1))}
 
-    def _build(self, chosen: Sequence[Rollout]) -> list[PackedBatch]:
+    def _batches(self, chosen: Sequence[Rollout]) -> list[PackedBatch]:
+        """This rank's micro-batches of a step."""
         by_id = {rollout.example.id: rollout for rollout in chosen}
+        examples = [rollout.example for rollout in chosen]
+        parts = own_parts(examples, self._shop.budget, self._shop.strategy.communicator)
+        return build_parts(parts, examples, lambda part: self._build(part, [by_id[example.id] for example in part]))
+
+    def _build(self, part: Sequence[Example], members: Sequence[Rollout]) -> PackedBatch:
         decoding = self.collector.decoding
-        batches = []
-        for part in self._shop.budget.split([rollout.example for rollout in chosen]):
-            members = [by_id[example.id] for example in part]
-            supports = [m.support for m in members if m.support is not None]
-            names = members[0].tensors
-            padded = {name: [m.tensors[name] for m in members] for name in names}
-            batch = pack(
-                part,
-                roles=flat_roles,
-                rows=padded,
-                data={"max_completion_length": torch.tensor(float(decoding.max_new_tokens))},
-                dtype=self._shop.dtype,
-                sampling=Sampling(decoding.temperature, torch.cat(supports) if supports else None),
-            )
-            batches.append(batch)
-        return batches
+        supports = [m.support for m in members if m.support is not None]
+        return pack(
+            part,
+            roles=flat_roles,
+            rows={name: [m.tensors[name] for m in members] for name in members[0].tensors},
+            data={"max_completion_length": torch.tensor(float(decoding.max_new_tokens))},
+            dtype=self._shop.dtype,
+            sampling=Sampling(decoding.temperature, torch.cat(supports) if supports else None),
+        )
 
     @torch.no_grad()
     def _fill(self) -> None:

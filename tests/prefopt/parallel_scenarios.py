@@ -1,0 +1,184 @@
+"""Runs that one process and a pair of processes make alike; as a script, one process of the pair.
+
+    python parallel_scenarios.py FOLDER      under the environment of torchrun
+
+Results are FOLDER/<scenario>.safetensors (the trained weights) and FOLDER/<scenario>.json (the metrics), written by rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prefopt import algorithms
+from prefopt.algorithms import Setting
+from prefopt.data.exact_world import ExactWorld, WorldConfig
+from prefopt.data.records import Example
+from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
+from prefopt.models.lora import LoRA
+from prefopt.models.packed import head_names
+from prefopt.optimization import Logging, Optimization
+from prefopt.options import ParallelOptions
+from prefopt.parallel.choice import open_strategy
+from prefopt.parallel.strategy import Strategy
+from prefopt.reference import ReferenceCache
+from prefopt.rollouts import Workshop, online, rollouts
+from prefopt.streams import Budget, OfflineStream, Stream
+from prefopt.trainer import FitResult, fit
+
+WORLD = ExactWorld(WorldConfig(seed=1, prompts=5, symbols=5, max_completion_length=6))
+STEPS = 20
+# 9 rollouts in batches of 4: the last minibatch of a buffer has one row, so that a rank goes without.
+ROLLOUTS = {"rollout_size": 9, "max_new_tokens": 4}
+MORE: dict[str, dict[str, Any]] = {"ppo": {**ROLLOUTS, "kl_target": 0.5, "scale_scores": "running", "stop_kl": 0.02}}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run."""
+
+    algorithm: str
+    lora: bool = False
+    dtype: torch.dtype = torch.float64
+    checkpointing: bool = False
+    reference_pass: str = "ahead"
+    temperature: float = 1.0
+
+    @property
+    def name(self) -> str:
+        parts = [self.algorithm, "lora" if self.lora else "full", str(self.dtype).removeprefix("torch.")]
+        more = ["checkpointing"] if self.checkpointing else []
+        more += [self.reference_pass] if self.reference_pass != "ahead" else []
+        return "-".join([*parts, *more, *([f"t{self.temperature}"] if self.temperature != 1 else [])])
+
+
+HEADLINE = ("dpo", "kto", "aot", "ppo")
+EXACT = [Scenario(name, lora) for name in HEADLINE for lora in (False, True)]
+FLOAT32 = [Scenario(name, dtype=torch.float32) for name in HEADLINE]
+OTHERS = [
+    Scenario("dpo", lora=True, checkpointing=True),
+    Scenario("dpo", checkpointing=True),
+    Scenario("ipo", lora=True, reference_pass="in-loop"),
+    Scenario("bco"),
+    Scenario("tdpo"),
+    Scenario("tdpo", lora=True),
+    Scenario("online_dpo", temperature=0.7),
+    Scenario("plackett_luce"),
+]
+
+
+def build(scenario: Scenario, setting: Setting) -> tuple[CausalLMPolicy, FrozenReference]:
+    """The same weights at every call."""
+    torch.manual_seed(0)
+    config = WORLD.model_config()
+    config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads = 24, 32, 2, 1
+    config.head_dim, config.max_position_embeddings = 12, 64
+    model = transformers.AutoModelForCausalLM.from_config(config).to(scenario.dtype)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return build_policy(
+        model, WORLD.tokenizer, lora=LoRA(4, 8) if scenario.lora else None, heads=head_names(setting.loss.needs),
+        checkpointing=scenario.checkpointing,
+    )  # fmt: skip
+
+
+def rows(count: int = 40) -> list[Example]:
+    """Pairs of ragged lengths."""
+    generator = torch.Generator().manual_seed(3)
+
+    def ids(least: int, most: int) -> tuple[int, ...]:
+        length = int(torch.randint(least, most + 1, (), generator=generator))
+        return tuple(torch.randint(0, 5, (length,), generator=generator).tolist())
+
+    return [Example(f"row:{i}", WORLD.prompt_ids[i % 5] + ids(0, 9), (ids(1, 7), ids(1, 7))) for i in range(count)]
+
+
+def count_a(prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
+    """More a and shorter is better."""
+    return torch.tensor([text.count("a") - 0.3 * len(text) + 0.1 * len(p) for p, text in zip(prompts, completions, strict=True)])
+
+
+def stream_of(
+    scenario: Scenario, setting: Setting, policy: CausalLMPolicy, reference: FrozenReference, strategy: Strategy
+) -> Stream:
+    if not setting.algorithm.on_policy:
+        budget = Budget(7, 0, 60, epochs=100, max_steps=STEPS, seed=1, reference_pass=scenario.reference_pass)  # type: ignore[arg-type]
+        return OfflineStream(
+            rows(), kind=setting.algorithm.stream, budget=budget, needs=setting.loss.needs,
+            reference=ReferenceCache(reference), dtype=policy.dtype, strategy=strategy,
+        )  # fmt: skip
+    examples = [Example(f"prompt:{i}", WORLD.prompt_ids[i % 5], ()) for i in range(11)]
+    advantage = setting.algorithm.loss.advantage
+    workshop = Workshop(
+        policy, reference, count_a, examples, {e.id: WORLD.layout.text(e.prompt_ids) for e in examples},
+        Budget(4, 0, 40, epochs=100, max_steps=STEPS, seed=1), (WORLD.layout.eos,), 6, setting.loss.needs,
+        None if advantage is None else partial(advantage, **setting.advantage_options), policy.dtype, strategy,
+    )  # fmt: skip
+    make = online if setting.algorithm.online else rollouts
+    kinds = [setting.algorithm.stream] if setting.algorithm.online else []
+    return make(workshop, *kinds, **setting.stream_options)  # type: ignore[operator, no-any-return]
+
+
+def run(
+    scenario: Scenario, strategy: Strategy, *, folder: Path | None = None, resume: bool = False, save_every: int = 0, **more: Any
+) -> tuple[CausalLMPolicy, FitResult]:
+    """`fit` from the start of the scenario, or from the newest checkpoint."""
+    hyper = dict(MORE.get(scenario.algorithm, {}))
+    if scenario.temperature != 1:
+        hyper |= {"temperature": scenario.temperature, "rollout_size": 12, "max_new_tokens": 4}
+    setting = algorithms.get(scenario.algorithm).setting(**hyper)
+    policy, reference = build(scenario, setting)
+    stream = stream_of(scenario, setting, policy, reference, strategy)
+    result = fit(
+        policy, setting.loss, stream, Optimization(learning_rate=3e-3, clip_norm=0.5, weight_decay=0.01),
+        logging=Logging(1, save_every), folder=folder, resume=resume, strategy=strategy, **more,
+    )  # fmt: skip
+    return policy, result
+
+
+def main(folder: Path) -> None:
+    for name in ("ddp", "fsdp2"):
+        (folder / name).mkdir(exist_ok=True)
+        with open_strategy(ParallelOptions(name, 60)) as strategy:  # type: ignore[arg-type]
+            for scenario in (*EXACT, *FLOAT32, *OTHERS):
+                write(folder / name / scenario.name, run(scenario, strategy), strategy)
+            for algorithm in HEADLINE:
+                resumes(folder, algorithm, strategy)
+
+
+def resumes(folder: Path, algorithm: str, strategy: Strategy) -> None:
+    """From two processes to two, and from one (whose checkpoints the test left there) to two; and checkpoints for the test."""
+    scenario, own = Scenario(algorithm), folder / strategy.name
+    run(scenario, strategy, folder=own / f"{algorithm}-whole", save_every=8)
+    if strategy.leads:
+        import shutil
+
+        shutil.copytree(own / f"{algorithm}-whole", own / f"{algorithm}-cut")
+        for step in (16, 20):
+            shutil.rmtree(own / f"{algorithm}-cut" / f"checkpoint-{step}", ignore_errors=True)
+    strategy.lead(lambda: None)
+    write(own / f"{algorithm}-two-to-two", run(scenario, strategy, folder=own / f"{algorithm}-cut", resume=True), strategy)
+    single = folder / "single" / f"{algorithm}-{strategy.name}"
+    write(own / f"{algorithm}-one-to-two", run(scenario, strategy, folder=single, resume=True), strategy)
+
+
+def write(path: Path, found: tuple[CausalLMPolicy, FitResult], strategy: Strategy) -> None:
+    if strategy.leads:
+        save_file({name: value.clone() for name, value in found[0].trainable_state().items()}, f"{path}.safetensors")
+        path.with_name(f"{path.name}.json").write_text(json.dumps(found[1].lines))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
