@@ -20,8 +20,8 @@ from prefopt.errors import PrefoptError
 from prefopt.machine import standard_console
 from prefopt.optimization import Logging, Optimization
 from prefopt.options import DataOptions, EvaluationOptions, ModelOptions, Options, SupervisedOptions, default_cache
-from prefopt.parallel.strategy import Strategy
 from prefopt.outside import evaluate_outsiders, read_outsiders
+from prefopt.parallel.strategy import Strategy
 from prefopt.streams import Budget, OfflineStream
 from prefopt.study import Entry
 from prefopt.tasks import build_task, prepare_process
@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prepare_process(options, 1)
         setting = Entry("dpo", {"beta": BETA}).setting()
         resume = (ours / "config.json").exists()
-        train(setting, options, ours, seed=SEED, resume=resume, overwrite=False, imports=(), console=console, strategy=Strategy())
+        train(
+            setting, options, ours, seed=SEED, resume=resume, overwrite=False, imports=(), console=console, strategy=Strategy()
+        )
         if not (theirs / "adapter_config.json").exists():
             train_with_trl(options, theirs)
         outsiders = read_outsiders([f"DPO, prefopt={ours}", f"DPO, TRL={theirs}"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ _AGAIN = {
     "control": "goes on with the shards that are missing",
 }
 
+_ONE_PROCESS = (
+    "a launcher has started several processes (WORLD_SIZE is above 1), and prefopt {} is one process: start it without the "
+    "launcher. Of prefopt's commands, train --strategy ddp and fsdp2 run under one."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; the process's arguments by default.
@@ -85,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     wanted = next((token for token in tokens if not token.startswith("-")), "")
+    if wanted in _AGAIN and wanted != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print(f"error: {_ONE_PROCESS.format(wanted)}", file=sys.stderr)
+        return USAGE
     try:
         code = _build(wanted, tokens)(tokens, exit_on_error=False, print_error=False)
         return code if isinstance(code, int) else 0

@@ -13,12 +13,10 @@ import torch.distributed as dist
 
 from prefopt.errors import ConfigError, DistributedError
 from prefopt.options import ParallelOptions
-from prefopt.parallel.ddp import DDP
-from prefopt.parallel.fsdp2 import FSDP2
+from prefopt.parallel.processes import Processes
 from prefopt.parallel.strategy import Strategy
 from prefopt.parallel.watch import Watch
 
-_KINDS = {kind.name: kind for kind in (DDP, FSDP2)}
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _COMMAND = "torchrun --nproc-per-node N -m prefopt train ..."
 
@@ -93,7 +91,7 @@ def open_strategy(options: ParallelOptions) -> Iterator[Strategy]:
         return
     watch = _meet(place, options.rank_timeout)
     try:
-        strategy = _KINDS[options.strategy](watch)
+        strategy = _kind(options.strategy)(watch)
         strategy.agree({"strategy": options.strategy, "torch": torch.__version__}, "the strategy and the version of torch")
         yield strategy
     except BaseException as error:
@@ -104,6 +102,17 @@ def open_strategy(options: ParallelOptions) -> Iterator[Strategy]:
         raise DistributedError(f"rank {place.rank} ends: {cause}") from error
     watch.leave("")
     dist.destroy_process_group()
+
+
+def _kind(name: str) -> type[Processes]:
+    """The class of that name, imported when it is asked for: torch.distributed takes a second."""
+    if name == "ddp":
+        from prefopt.parallel.ddp import DDP
+
+        return DDP
+    from prefopt.parallel.fsdp2 import FSDP2
+
+    return FSDP2
 
 
 def _meet(place: Place, timeout: float) -> Watch:

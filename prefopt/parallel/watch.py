@@ -133,13 +133,15 @@ class Watch:
             self._say()
             now = time.monotonic()
             waited = now - self._since if self._record.waits else 0.0
-            cause = self._ended() if waited > _MISSED * self._interval else None
-            cause = cause or self._silent(self._silence)
+            cause = self._ended() or self._silent(self._silence)
             if cause is None and waited > self._timeout:
                 cause = self._behind() or f"all processes have waited for one another for {waited:.0f} s"
             if cause is not None:
                 # The main thread may be in a collective that never returns. If it was about to say so itself, it had time.
                 if not self._stop.wait((_MISSED + 3) * self._interval):
+                    self._record = replace(self._record, end=cause)
+                    with contextlib.suppress(RuntimeError):
+                        self._tell(self._store)
                     os.write(_STANDARD_ERROR, f"error: rank {self._rank} ends: {cause}\n".encode())
                     os._exit(DistributedError.exit_code)
                 return

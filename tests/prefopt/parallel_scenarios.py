@@ -1,16 +1,21 @@
 """Runs that one process and a pair of processes make alike; as a script, one process of the pair.
 
-    python parallel_scenarios.py FOLDER      under the environment of torchrun
+    python parallel_scenarios.py compare FOLDER      under the environment of torchrun
+    python parallel_scenarios.py killed|stuck|failing FOLDER
 
-Results are FOLDER/<scenario>.safetensors (the trained weights) and FOLDER/<scenario>.json (the metrics), written by rank 0.
+Results are FOLDER/<strategy>/<scenario>.safetensors (the trained weights) and .json (the metrics), written by rank 0.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +25,11 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt import algorithms
+from prefopt import algorithms, checkpoint
 from prefopt.algorithms import Setting
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example
+from prefopt.errors import DataError, PrefoptError, Stopped
 from prefopt.models.causal_lm import CausalLMPolicy, FrozenReference, build_policy
 from prefopt.models.lora import LoRA
 from prefopt.models.packed import head_names
@@ -38,6 +44,7 @@ from prefopt.trainer import FitResult, fit
 
 WORLD = ExactWorld(WorldConfig(seed=1, prompts=5, symbols=5, max_completion_length=6))
 STEPS = 20
+TIMEOUT = 12.0
 # 9 rollouts in batches of 4: the last minibatch of a buffer has one row, so that a rank goes without.
 ROLLOUTS = {"rollout_size": 9, "max_new_tokens": 4}
 MORE: dict[str, dict[str, Any]] = {"ppo": {**ROLLOUTS, "kl_target": 0.5, "scale_scores": "running", "stop_kl": 0.02}}
@@ -106,7 +113,9 @@ def rows(count: int = 40) -> list[Example]:
 
 def count_a(prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
     """More a and shorter is better."""
-    return torch.tensor([text.count("a") - 0.3 * len(text) + 0.1 * len(p) for p, text in zip(prompts, completions, strict=True)])
+    return torch.tensor(
+        [text.count("a") - 0.3 * len(text) + 0.1 * len(p) for p, text in zip(prompts, completions, strict=True)]
+    )
 
 
 def stream_of(
@@ -131,7 +140,13 @@ def stream_of(
 
 
 def run(
-    scenario: Scenario, strategy: Strategy, *, folder: Path | None = None, resume: bool = False, save_every: int = 0, **more: Any
+    scenario: Scenario,
+    strategy: Strategy,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    save_every: int = 0,
+    **more: Any,
 ) -> tuple[CausalLMPolicy, FitResult]:
     """`fit` from the start of the scenario, or from the newest checkpoint."""
     hyper = dict(MORE.get(scenario.algorithm, {}))
@@ -142,7 +157,7 @@ def run(
     stream = stream_of(scenario, setting, policy, reference, strategy)
     result = fit(
         policy, setting.loss, stream, Optimization(learning_rate=3e-3, clip_norm=0.5, weight_decay=0.01),
-        logging=Logging(1, save_every), folder=folder, resume=resume, strategy=strategy, **more,
+        logging=Logging(1, save_every, keep=9), folder=folder, resume=resume, strategy=strategy, **more,
     )  # fmt: skip
     return policy, result
 
@@ -155,6 +170,41 @@ def main(folder: Path) -> None:
                 write(folder / name / scenario.name, run(scenario, strategy), strategy)
             for algorithm in HEADLINE:
                 resumes(folder, algorithm, strategy)
+            signalled(folder / name, strategy)
+
+
+def signalled(folder: Path, strategy: Strategy) -> None:
+    """Rank 1 alone gets a signal, in step 3; what each rank made of it, and the run that goes on from there."""
+    scenario = Scenario("dpo")
+
+    def signal_one() -> dict[str, float]:
+        if not strategy.leads:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return {}
+
+    try:
+        run(scenario, strategy, folder=folder / "signalled", evaluate=signal_one, evaluate_at=[3])
+        told: dict[str, Any] = {"finished": True}
+    except Stopped as stopped:
+        told = {"step": stopped.step, "number": stopped.number}
+    (folder / f"signalled-rank-{strategy.communicator.rank}.json").write_text(json.dumps(told))
+    write(folder / "signalled-resumed", run(scenario, strategy, folder=folder / "signalled", resume=True), strategy)
+
+
+def one_fails(how: str, folder: Path) -> None:
+    """Rank 1 dies, sleeps for good or raises in step 3 of a run; what rank 0 says of it goes to standard error."""
+    with open_strategy(ParallelOptions("ddp", TIMEOUT)) as strategy:
+
+        def fail() -> dict[str, float]:
+            if not strategy.leads:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "stuck":
+                    time.sleep(1000)
+                raise DataError("row 7 is spoilt")
+            return {}
+
+        run(Scenario("dpo"), strategy, evaluate=fail, evaluate_at=[3])
 
 
 def resumes(folder: Path, algorithm: str, strategy: Strategy) -> None:
@@ -162,15 +212,19 @@ def resumes(folder: Path, algorithm: str, strategy: Strategy) -> None:
     scenario, own = Scenario(algorithm), folder / strategy.name
     run(scenario, strategy, folder=own / f"{algorithm}-whole", save_every=8)
     if strategy.leads:
-        import shutil
-
         shutil.copytree(own / f"{algorithm}-whole", own / f"{algorithm}-cut")
-        for step in (16, 20):
-            shutil.rmtree(own / f"{algorithm}-cut" / f"checkpoint-{step}", ignore_errors=True)
+        cut(own / f"{algorithm}-cut")
     strategy.lead(lambda: None)
     write(own / f"{algorithm}-two-to-two", run(scenario, strategy, folder=own / f"{algorithm}-cut", resume=True), strategy)
     single = folder / "single" / f"{algorithm}-{strategy.name}"
     write(own / f"{algorithm}-one-to-two", run(scenario, strategy, folder=single, resume=True), strategy)
+
+
+def cut(folder: Path) -> None:
+    """Leaves a finished run's first checkpoint, after step 8, as if it had been killed before the next one."""
+    found = checkpoint.list_checkpoints(folder)
+    for later in found[1:]:
+        shutil.rmtree(later)
 
 
 def write(path: Path, found: tuple[CausalLMPolicy, FitResult], strategy: Strategy) -> None:
@@ -181,4 +235,8 @@ def write(path: Path, found: tuple[CausalLMPolicy, FitResult], strategy: Strateg
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[2])) if sys.argv[1] == "compare" else one_fails(sys.argv[1], Path(sys.argv[2]))
+    except PrefoptError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)

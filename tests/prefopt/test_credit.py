@@ -290,7 +290,8 @@ def test_the_generators_weights_never_look_at_later_tokens() -> None:
     generator = GeneratorCredit(policy, 20)
 
     def weights(*completions: Sequence[int]) -> Tensor:
-        return generator.weights([Example(f"x{i}", (1, 2), (tuple(ids),)) for i, ids in enumerate(completions)])
+        examples = [Example(f"x{i}", (1, 2), (tuple(ids),)) for i, ids in enumerate(completions)]
+        return generator.weights(examples, max(map(len, completions)))
 
     one, other = weights((0, 1, 2, 3, EOS), (0, 1, 2, 3, 4))
     torch.testing.assert_close(one, other)

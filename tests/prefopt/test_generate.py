@@ -264,11 +264,37 @@ def test_progress_counts_prompts(world: ExactWorld, world_policy: CausalLMPolicy
     assert told == [(2, 5), (4, 5), (5, 5)]
 
 
+def uniforms(rows: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    return torch.rand(rows, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_rows_draws_do_not_depend_on_what_is_decoded_with_it(
+    world_policy: CausalLMPolicy, world: ExactWorld, top_p: float
+) -> None:
+    """Rows that are decoded in other batches, or by other processes (`only`), are the same rows."""
+    prompts = [*world.prompt_ids, *world.prompt_ids[:3]]
+
+    def drawn(batch_size: int, only: list[int] | None = None) -> list[Sample]:
+        generator = torch.Generator().manual_seed(5)
+        return generate(
+            world_policy, prompts, Decoding(4, top_p=top_p, batch_size=batch_size), generator, eos_ids=[world.layout.eos],
+            samples_per_prompt=3, only=only,
+        )  # fmt: skip
+
+    whole = drawn(64)
+    assert [sample.ids for sample in drawn(2)] == [sample.ids for sample in whole]
+    odd = list(range(1, len(prompts), 2))
+    assert [s.ids for s in drawn(64, odd)] == [whole[3 * place + k].ids for place in odd for k in range(3)]
+    assert len({sample.ids for sample in whole}) > 10
+    assert drawn(64, []) == []
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.3, 1), (0.75, 2), (0.85, 3), (0.96, 4)])
 def test_nucleus_of_four_tokens(top_p: float, kept: int) -> None:
     """Probabilities 0.5, 0.3, 0.15, 0.05 have cumulated mass 0.5, 0.8, 0.95, 1."""
     logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
-    _, support = draw(logits, Decoding(top_p=top_p), torch.Generator())
+    _, support = draw(logits, Decoding(top_p=top_p), uniforms(1))
     assert support is not None
     assert support[0].tolist() == [token in [1, 3, 0, 2][:kept] for token in range(4)]
 
@@ -285,7 +311,7 @@ def test_nucleus_is_the_smallest_set_and_never_empty(seed: int, top_p: float, sc
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(6, 17, generator=generator)
     decoding = Decoding(temperature=temperature, top_p=top_p)
-    drawn, support = draw(logits, decoding, generator)
+    drawn, support = draw(logits, decoding, uniforms(6, generator))
     assert support is not None
     probabilities = (logits / temperature).double().softmax(-1)
     mass = (probabilities * support).sum(-1)
@@ -306,7 +332,7 @@ def test_draws_follow_the_distribution_over_all_blocks(vocabulary: int) -> None:
     logits[::7] = -math.inf
     counts = torch.zeros(vocabulary)
     for _ in range(10):
-        drawn, _ = draw(logits.expand(10_000, -1), Decoding(), generator)
+        drawn, _ = draw(logits.expand(10_000, -1), Decoding(), uniforms(10_000, generator))
         counts += torch.bincount(drawn, minlength=vocabulary)
     kept = logits > -math.inf
     assert counts[~kept].sum() == 0
@@ -337,7 +363,7 @@ def test_no_uniform_number_points_at_an_index_without_mass(uniform: float) -> No
 def test_a_nucleus_wider_than_the_likely_tokens_is_found_too(scale: float) -> None:
     """Almost equal probabilities of 4,000 tokens need a full sort; peaked ones do not. Both against the loop."""
     logits = scale * torch.randn(3, 4_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    _, support = draw(logits, Decoding(top_p=0.9), torch.Generator().manual_seed(0))
+    _, support = draw(logits, Decoding(top_p=0.9), uniforms(3))
     assert support is not None
     assert torch.equal(support, nucleus(logits.softmax(-1), 0.9))
     assert (int(support.sum(-1).max()) > 1024) == (scale < 1)

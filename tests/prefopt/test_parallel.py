@@ -1,0 +1,216 @@
+"""One pair of processes (gloo) against one process: the same training, whatever the strategy; and how a pair ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prefopt import checkpoint
+from prefopt.parallel.strategy import Strategy
+
+SCRIPT = Path(__file__).with_name("parallel_scenarios.py")
+STRATEGIES = ("ddp", "fsdp2")
+# In a quiet hour the pair takes under two minutes of two cores.
+LIMIT = 900.0
+
+
+def load_scenarios() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("parallel_scenarios", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+scenarios = load_scenarios()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_pair(mode: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """Ranks 0 and 1 of the script."""
+    environment = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), mode, str(folder)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        for rank in range(2)
+    ]
+
+
+def end_pair(pair: list[subprocess.Popen[str]], limit: float) -> list[tuple[int, str]]:
+    """(exit code, standard error) of each rank; what still runs after `limit` seconds is killed."""
+    deadline, found = time.monotonic() + limit, []
+    for process in pair:
+        try:
+            _, said = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, said = process.communicate()
+            said += "\n(killed by the test: it did not end)"
+        found.append((process.returncode, said))
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which one pair has run every scenario, beside the runs of this process alone (in `single`)."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "single").mkdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for algorithm in scenarios.HEADLINE:
+            own = folder / "single" / algorithm
+            scenarios.run(scenarios.Scenario(algorithm), Strategy(), folder=own, save_every=8)
+            for name in STRATEGIES:
+                shutil.copytree(own, folder / "single" / f"{algorithm}-{name}")
+                scenarios.cut(folder / "single" / f"{algorithm}-{name}")
+        pair = start_pair("compare", folder)
+        for scenario in (*scenarios.EXACT, *scenarios.FLOAT32, *scenarios.OTHERS):
+            scenarios.write(folder / "single" / scenario.name, scenarios.run(scenario, Strategy()), Strategy())
+        for code, said in end_pair(pair, LIMIT):
+            assert code == 0, said
+    finally:
+        torch.set_num_threads(threads)
+    return folder
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(f"{path}.safetensors")
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = json.loads(path.with_name(f"{path.name}.json").read_text())
+    return found
+
+
+def furthest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def check_lines(got: list[dict[str, float]], wanted: list[dict[str, float]], tolerance: float) -> None:
+    """The same metrics at the same steps. At the first step every margin is zero up to rounding, and its sign says nothing."""
+    assert [line["step"] for line in got] == [line["step"] for line in wanted]
+    for line, other in zip(got[1:], wanted[1:], strict=True):
+        assert line == pytest.approx(other, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", [*scenarios.EXACT, *scenarios.OTHERS], ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_pair_trains_as_one_process(strategy: str, scenario: Any, results: Path) -> None:
+    """20 steps in float64: weights to 1e-9 (they move by 1e-2), every metric to 1e-9, also where a step has fewer rows than
+    ranks, rows of very different length, or micro-batches of unequal numbers of rows."""
+    one, two = results / "single" / scenario.name, results / strategy / scenario.name
+    assert furthest(weights(two), weights(one)) < 1e-9
+    setting = scenarios.algorithms.get(scenario.algorithm).setting(**scenarios.MORE.get(scenario.algorithm, {}))
+    start = scenarios.build(scenario, setting)[0].trainable_state()
+    assert furthest(weights(one), start) > 1e-2
+    assert len(lines(one)) >= scenarios.STEPS - 8  # PPO leaves out updates by stop_kl
+    check_lines(lines(two), lines(one), 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", scenarios.FLOAT32, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_loss_curves_in_float32(strategy: str, scenario: Any, results: Path) -> None:
+    one, two = lines(results / "single" / scenario.name), lines(results / strategy / scenario.name)
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("algorithm", scenarios.HEADLINE)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_goes_on_with_another_number_of_processes(strategy: str, algorithm: str, results: Path, tmp_path: Path) -> None:
+    """One to two and two to one: the rest of the run is that of one process, and it says so."""
+    whole = results / "single" / scenarios.Scenario(algorithm).name
+    check_lines(lines(results / strategy / f"{algorithm}-one-to-two"), lines(whole), 1e-9)
+    assert furthest(weights(results / strategy / f"{algorithm}-one-to-two"), weights(whole)) < 1e-9
+    folder = tmp_path / "run"
+    shutil.copytree(results / strategy / f"{algorithm}-whole", folder)
+    scenarios.cut(folder)
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["checkpoint-8"]
+    with (tmp_path / "said").open("w") as file:
+        console = scenarios.Console(file=file, width=200)
+        policy, result = scenarios.run(scenarios.Scenario(algorithm), Strategy(), folder=folder, resume=True, console=console)
+    check_lines(result.lines, lines(whole), 1e-9)
+    assert furthest(policy.trainable_state(), weights(whole)) < 1e-9
+    assert (
+        "the checkpoint was written by 2 processes, this run has 1 process: the order of rows"
+        in (tmp_path / "said").read_text()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", scenarios.HEADLINE)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_pair_that_goes_on_is_bitwise_the_pair_that_was_not_interrupted(strategy: str, algorithm: str, results: Path) -> None:
+    parts = weights(results / strategy / f"{algorithm}-two-to-two")
+    _, tree = checkpoint.load(checkpoint.list_checkpoints(results / strategy / f"{algorithm}-whole")[-1])
+    assert furthest(parts, tree["policy"]) == 0
+    texts = [(results / strategy / f"{algorithm}-{name}" / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    whole, cut = ([line.split(', "time/')[0] for line in text.splitlines()] for text in texts)
+    assert whole == cut
+    assert len(whole) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_signal_at_one_rank_stops_all_at_one_step(strategy: str, results: Path) -> None:
+    told = [json.loads((results / strategy / f"signalled-rank-{rank}.json").read_text()) for rank in range(2)]
+    assert told[0] == told[1]
+    assert told[0]["step"] == 4, "the signal came after step 3, and the step after it was finished"
+    assert furthest(weights(results / strategy / "signalled-resumed"), weights(results / "single" / "dpo-full-float64")) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.fault(28)
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("killed", "rank 1 has not been heard of for"),
+        ("stuck", "rank 1 is alive but does not go on, since at step 3"),
+        ("failing", "rank 1 ended: row 7 is spoilt"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others_by_name(how: str, said: str, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    (code, told), (other, _) = end_pair(start_pair(how, tmp_path), LIMIT)
+    assert code not in (0, None), told
+    assert other != 0
+    assert said in told
+    assert "step 3" in told or how == "failing"
+    assert "killed by the test" not in told
+    assert math.isfinite(time.monotonic() - begin)
