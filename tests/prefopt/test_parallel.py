@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from prefopt import checkpoint
@@ -54,15 +55,10 @@ def start_pair(mode: str, folder: Path) -> list[subprocess.Popen[str]]:
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
+    command = [sys.executable, str(SCRIPT), mode, str(folder)]
+    places = [{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), mode, str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-        for rank in range(2)
+        subprocess.Popen(command, env=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for place in places
     ]
 
 
@@ -162,7 +158,7 @@ def test_a_run_goes_on_with_another_number_of_processes(strategy: str, algorithm
     scenarios.cut(folder)
     assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["checkpoint-8"]
     with (tmp_path / "said").open("w") as file:
-        console = scenarios.Console(file=file, width=200)
+        console = Console(file=file, width=200)
         policy, result = scenarios.run(scenarios.Scenario(algorithm), Strategy(), folder=folder, resume=True, console=console)
     check_lines(result.lines, lines(whole), 1e-9)
     assert furthest(policy.trainable_state(), weights(whole)) < 1e-9
