@@ -265,7 +265,7 @@ class _Run:
             for term, output in outputs:
                 self._record(term, output)
             if self.step == 0 and self.anchored and outputs:
-                anchors.append(anchor_loss(plain, batch, tensors, weights).to(self.device))
+                anchors.append(anchor_loss(plain, batch, tensors, weights).to(self.device, torch.float64))
             values.extend(value.detach() for value in objectives)
             parts = [*objectives, *surrogates.objectives(index, tensors)]
             if not batch.ids:  # it has no rows: a pass beside those of the other ranks, whose gradient is zero

@@ -100,7 +100,7 @@ def open_strategy(options: ParallelOptions) -> Iterator[Strategy]:
         if cause is None:
             raise
         raise DistributedError(f"rank {place.rank} ends: {cause}") from error
-    watch.leave("")
+    watch.finish()
     dist.destroy_process_group()
 
 

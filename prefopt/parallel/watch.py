@@ -113,6 +113,14 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # the store may be gone
             self._tell(self._mine)
 
+    def finish(self) -> None:
+        """Leaves when all is well; rank 0 after the others, because the store may be its own."""
+        while not self._rank and any(record.end is None for record, _ in self._known.values()):
+            if self._silent(self._silence):
+                break
+            time.sleep(self._interval / 20)
+        self.leave("")
+
     def explain(self, error: BaseException) -> str | None:
         """What made an exchange fail; None where no other process is at fault.
 

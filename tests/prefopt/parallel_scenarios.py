@@ -1,6 +1,6 @@
 """Runs that one process and a pair of processes make alike; as a script, one process of the pair.
 
-    python parallel_scenarios.py compare FOLDER      under the environment of torchrun
+    python parallel_scenarios.py compare FOLDER PORT PORT      under the environment of torchrun
     python parallel_scenarios.py killed|stuck|failing FOLDER
 
 Results are FOLDER/<strategy>/<scenario>.safetensors (the trained weights) and .json (the metrics), written by rank 0.
@@ -162,9 +162,10 @@ def run(
     return policy, result
 
 
-def main(folder: Path) -> None:
-    for name in ("ddp", "fsdp2"):
+def main(folder: Path, ports: Sequence[str]) -> None:
+    for name, port in zip(("ddp", "fsdp2"), ports, strict=True):
         (folder / name).mkdir(exist_ok=True)
+        os.environ["MASTER_PORT"] = port  # of its own: the first store may not be gone yet
         with open_strategy(ParallelOptions(name, 60)) as strategy:  # type: ignore[arg-type]
             for scenario in (*EXACT, *FLOAT32, *OTHERS):
                 write(folder / name / scenario.name, run(scenario, strategy), strategy)
@@ -236,7 +237,7 @@ def write(path: Path, found: tuple[CausalLMPolicy, FitResult], strategy: Strateg
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        main(Path(sys.argv[2])) if sys.argv[1] == "compare" else one_fails(sys.argv[1], Path(sys.argv[2]))
+        main(Path(sys.argv[2]), sys.argv[3:]) if sys.argv[1] == "compare" else one_fails(sys.argv[1], Path(sys.argv[2]))
     except PrefoptError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)

@@ -55,7 +55,7 @@ def start_pair(mode: str, folder: Path) -> list[subprocess.Popen[str]]:
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
-    command = [sys.executable, str(SCRIPT), mode, str(folder)]
+    command = [sys.executable, str(SCRIPT), mode, str(folder), *(str(free_port()) for _ in STRATEGIES)]
     places = [{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     return [
         subprocess.Popen(command, env=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for place in places
@@ -210,3 +210,36 @@ def test_a_rank_that_fails_ends_the_others_by_name(how: str, said: str, tmp_path
     assert "step 3" in told or how == "failing"
     assert "killed by the test" not in told
     assert math.isfinite(time.monotonic() - begin)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process(tmp_path: Path) -> None:
+    """The command line end to end: the same rows, steps and metrics, written and printed once."""
+    environment = {
+        **os.environ, "PREFOPT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }  # fmt: skip
+    command = [
+        "-m", "prefopt", "train", "dpo", "--data", "exact", "--pairs", "64", "--batch-size", "16", "--max-steps", "4",
+        "--eval-pairs", "32", "--checkpoints", "1", "--log-every", "1", "--learning-rate", "0.001",
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = {}
+    for name, start, more in (
+        (one, [sys.executable], []),
+        (two, [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"], ["--strategy", "ddp"]),
+    ):
+        done = subprocess.run(
+            [*start, *command, "--output-dir", str(name), *more], env=environment, capture_output=True, text=True, timeout=LIMIT
+        )
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    found = [[json.loads(line) for line in (name / "metrics.jsonl").read_text().splitlines()] for name in (one, two)]
+    plain = [[{key: v for key, v in line.items() if not key.startswith("time/")} for line in own] for own in found]
+    assert len(plain[0]) >= 4
+    check_lines(plain[1], plain[0], 1e-4)
+    final = [json.loads((name / "result.json").read_text())["cell"] for name in (one, two)]
+    assert final[1]["final"] == pytest.approx(final[0]["final"], rel=1e-3, abs=1e-4)
+    assert final[1]["ledger"] == final[0]["ledger"]
+    assert said[two].count("policy: ") == 1
+    assert (two / "policy").is_dir()
