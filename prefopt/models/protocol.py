@@ -14,7 +14,7 @@ class Batch(Protocol):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Record ids, for error messages."""
+        """Record ids, for error messages; none in a batch without rows, which is encoded only to keep ranks together."""
 
     @property
     def sizes(self) -> dict[str, int]:

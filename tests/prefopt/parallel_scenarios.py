@@ -43,7 +43,7 @@ from prefopt.streams import Budget, OfflineStream, Stream
 from prefopt.trainer import FitResult, fit
 
 WORLD = ExactWorld(WorldConfig(seed=1, prompts=5, symbols=5, max_completion_length=6))
-STEPS = 20
+STEPS, SAVE_EVERY = 20, 8
 TIMEOUT = 12.0
 # 9 rollouts in batches of 4: the last minibatch of a buffer has one row, so that a rank goes without.
 ROLLOUTS = {"rollout_size": 9, "max_new_tokens": 4}
@@ -211,7 +211,7 @@ def one_fails(how: str, folder: Path) -> None:
 def resumes(folder: Path, algorithm: str, strategy: Strategy) -> None:
     """From two processes to two, and from one (whose checkpoints the test left there) to two; and checkpoints for the test."""
     scenario, own = Scenario(algorithm), folder / strategy.name
-    run(scenario, strategy, folder=own / f"{algorithm}-whole", save_every=8)
+    run(scenario, strategy, folder=own / f"{algorithm}-whole", save_every=SAVE_EVERY)
     if strategy.leads:
         shutil.copytree(own / f"{algorithm}-whole", own / f"{algorithm}-cut")
         cut(own / f"{algorithm}-cut")

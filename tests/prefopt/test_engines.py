@@ -102,8 +102,14 @@ class Shouting:
         self.weights.append(policy.head.weight.detach().clone())
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        seed: int,
+        samples_per_prompt: int = 1,
+        only: Sequence[int] | None = None,
     ) -> list[Sample]:
+        assert only == [*range(len(prompts))]
         self.calls.append(f"{len(prompts)} prompts, {decoding.max_new_tokens} tokens at {decoding.temperature}")
         self.seeds.append(seed)
         return [self.answer] * len(prompts) * samples_per_prompt
