@@ -203,6 +203,8 @@ def _train(
         return
     cache = default_cache()
     prepare_process(options, 1)
+    if strategy.name != "single":
+        console.print(f"{strategy.communicator.world_size} processes, strategy {strategy.name}", highlight=False)
     with strategy.first():
         task = build_task(options, cache, console)
         report = task.training(seed).report
@@ -219,7 +221,7 @@ def _train(
     if result.reward_model is not None:
         quality = measure_quality(result.reward_model, task.held_out())
         _write_quality(quality, name, output)
-    _write_result(result, output)
+    _write_result(result, output, strategy)
     console.print(_metrics_table(result, task.metrics))
     if quality is not None:
         console.print(quality_table(quality, f"{name} as a reward model"))
@@ -287,14 +289,15 @@ def _write_quality(quality: Quality, name: str, output: Path) -> None:
     (output / RELIABILITY_FILE).write_bytes(reliability_png(quality, name))
 
 
-def _write_result(result: CellResult, output: Path) -> None:
+def _write_result(result: CellResult, output: Path, strategy: Strategy) -> None:
     if result.rows:
         save_rows(result.rows, output / PER_PROMPT_FILE)
     if result.pairs:
         save_rows(result.pairs, output / PER_PAIR_FILE)
     # Last: it says that the run is finished.
     timing, cell = asdict(result.timing), asdict(result.cell)
-    write_json(output / RESULT_FILE, {"cell": cell, "timing": timing, "environment": environment()})
+    processes = {"strategy": strategy.name, "processes": str(strategy.communicator.world_size)}
+    write_json(output / RESULT_FILE, {"cell": cell, "timing": timing, "environment": {**environment(), **processes}})
 
 
 def _metrics_table(result: CellResult, metrics: Sequence[Metric]) -> Table:
