@@ -76,8 +76,8 @@ def assumed_line(utilisation: float) -> str:
     """What the hours rest on."""
     return (
         f"Assumed: {utilisation:.0%} of the GPU's bf16 products in training (--utilisation), transfers hidden behind them, "
-        "rows as long as --max-length allows, layers like Llama's. Hours are estimates; memory was compared with measured "
-        "peaks on a CPU (docs/scaling.md)."
+        "rows as long as --max-length allows, layers like Llama's. Hours are estimates; what of the memory was counted, and "
+        "what was not, is in docs/scaling.md."
     )
 
 
