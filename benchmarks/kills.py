@@ -5,7 +5,7 @@
 
 A run of the exact world with a table for a policy is killed again and again, each time at a random moment of a phase that is
 drawn, and started again with `resume`, until it ends. Then its metrics (timings left out), its last checkpoint and its
-evaluation must equal those of an undisturbed run, bit for bit. After every kill, what bears the name of a checkpoint must be
+evaluation must equal those of a run that nobody disturbed, bit for bit. After every kill, what has a checkpoint's name must be
 whole. All processes are forks of one that has imported everything. The exit status is 1 where anything differs.
 """
 

@@ -158,7 +158,7 @@ class _Run:
         self.recovery, self.halver = recovery, Halver(recovery.on_out_of_memory == "halve", say)
         if recovery.on_out_of_memory == "halve" and self.communicator.world_size > 1:
             raise ConfigError("on_out_of_memory halve is of one process: of several, those with room would wait for ever.")
-        if not trainable_parameters(policy):
+        if not any(parameter.requires_grad for parameter in trainable_parameters(policy)):
             raise ConfigError("the policy has no trainable parameter: every weight is frozen.")
         strategy.prepare(policy)
         self.parameters = trainable_parameters(policy)
