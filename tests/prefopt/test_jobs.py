@@ -200,7 +200,6 @@ def test_two_shards_of_which_one_is_killed_write_the_serial_results(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.fault(2)
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     """kill -9 at random moments of tuning, cells and report: the folder always goes on, and ends with equal results."""
     environment = surroundings(tmp_path)
