@@ -254,8 +254,9 @@ def _known_stage(folder: Path, policy: PackedPolicy) -> Iterator[Stage | None]:
     if known is not None:
         yield known
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    locks = folder.parent.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{folder.parent.name}-{folder.name}"):
         yield _load_stage(folder, policy)
 
 
