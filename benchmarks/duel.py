@@ -34,6 +34,7 @@ from prefopt.models.protocol import trainable_parameters
 from prefopt.optimization import Logging, Optimization
 from prefopt.options import default_cache
 from prefopt.parallel.strategy import Strategy
+from prefopt.recovery import Recovery
 from prefopt.reference import ReferenceCache, StartReference
 from prefopt.runlog import RunLog
 from prefopt.streams import Budget, OfflineStream
@@ -126,7 +127,8 @@ class PrefoptSide:
         optimization = Optimization(learning_rate=contest.learning_rate, schedule="constant", warmup=0.0)
         loss = losses.get("dpo").bind(beta=contest.beta)
         # A log line at every step: it yields the loss, and costs prefopt a little more than its default of every tenth.
-        self.run = _Run(policy, loss, whole, optimization, Logging(log_every=1), None, Strategy(), lambda text: None)
+        logging = Logging(log_every=1)
+        self.run = _Run(policy, loss, whole, optimization, logging, Recovery(), None, Strategy(), lambda text: None)
         self._log = RunLog(None, "", whole.total_steps)
         self.busy = Busy()
 

@@ -44,5 +44,5 @@ def test_the_study_is_what_it_says() -> None:
     study = Study.load(trust.STUDY, imports=[str(Path(trust.__file__).with_name("planted.py"))])
     assert len({entry.algorithm for entry in study.entries} - {"dpo_with_a_slip"}) == 8
     assert len(study.seeds) == 5
-    assert study.settings()[3].hyper == {"beta": 0.3, "slip": 0.05}
+    assert study.settings()[3].hyper == {"beta": 0.3, "slip": 0.1}
     assert study.kl_targets[0] == 0.5

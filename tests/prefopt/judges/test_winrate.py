@@ -120,6 +120,7 @@ def test_one_order_of_each_pair_says_what_both_say_and_sklearn_agrees() -> None:
         max_size=30,
     )
 )
+@example(rows=[(0.0, 10, 7), (0.0, 11, 8)])  # hardly anything is known at equal lengths
 @example(rows=[(0.0, 0, 0), (0.0, 0, 15)])  # whole steps of the fit go back and forth here
 def test_turning_the_sides_turns_every_rate(rows: list[tuple[float, int, int]]) -> None:
     shares = tensor(*(row[0] for row in rows))
@@ -133,7 +134,9 @@ def test_turning_the_sides_turns_every_rate(rows: list[tuple[float, int, int]]) 
     assert one.rate == pytest.approx(1 - other.rate)
     assert found.rate == pytest.approx(1 - turned.rate, abs=1e-6)
     assert found.low == pytest.approx(1 - turned.high, abs=1e-6)
-    assert 0 < found.low <= found.rate <= found.high < 1
+    # Of few pairs that are nearly equal in their ratio of lengths an end may be as close to 0 or 1 as a number can be.
+    assert 0 <= found.low <= found.rate <= found.high <= 1
+    assert 0 < found.rate < 1
     assert matched(lengths).tolist() == matched(lengths.flip(1)).tolist()
 
 
