@@ -44,7 +44,7 @@ from prefopt.trainer import FitResult, fit
 
 WORLD = ExactWorld(WorldConfig(seed=1, prompts=5, symbols=5, max_completion_length=6))
 STEPS, SAVE_EVERY = 20, 8
-TIMEOUT = 12.0
+TIMEOUT = 30.0
 # 9 rollouts in batches of 4: the last minibatch of a buffer has one row, so that a rank goes without.
 ROLLOUTS = {"rollout_size": 9, "max_new_tokens": 4}
 MORE: dict[str, dict[str, Any]] = {"ppo": {**ROLLOUTS, "kl_target": 0.5, "scale_scores": "running", "stop_kl": 0.02}}
@@ -166,7 +166,7 @@ def main(folder: Path, ports: Sequence[str]) -> None:
     for name, port in zip(("ddp", "fsdp2"), ports, strict=True):
         (folder / name).mkdir(exist_ok=True)
         os.environ["MASTER_PORT"] = port  # of its own: the first store may not be gone yet
-        with open_strategy(ParallelOptions(name, 60)) as strategy:  # type: ignore[arg-type]
+        with open_strategy(ParallelOptions(name, 300)) as strategy:  # type: ignore[arg-type]
             for scenario in (*EXACT, *FLOAT32, *OTHERS):
                 write(folder / name / scenario.name, run(scenario, strategy), strategy)
             for algorithm in HEADLINE:
