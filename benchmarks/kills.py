@@ -148,6 +148,7 @@ def live(task: World, name: str, folder: Path, cache: Path, marks: Marks) -> Non
     setting = algorithms.get(name).setting(**_HYPER.get(name, {}))
     if setting.algorithm.on_policy:
         Feed.next = marks.around(ROLLOUT, Feed.next)  # type: ignore[method-assign]
+    random.seed(0)  # a fork begins with a seed of its own, and checkpoints hold the generator's state
     marks.enter(TRAINING)
     result = run_cell(task, setting, _OPTIONS, 0, label=name, cache=cache, folder=folder, resume=True)
     (folder / _FINAL).write_text(json.dumps([dict(result.cell.final), [dict(line) for line in result.cell.path]]))
@@ -230,19 +231,23 @@ def _compare(whole: Path, cut: Path, tally: Tally) -> None:
     if (whole / _FINAL).read_text() != (cut / _FINAL).read_text():
         tally.failures.append(f"the evaluation of {cut} differs.")
     last, other = (checkpoint.load(checkpoint.list_checkpoints(folder)[-1])[1] for folder in (whole, cut))
-    if not equal(last, other):
-        tally.failures.append(f"the last checkpoint of {cut} differs.")
+    if place := difference(last, other):
+        tally.failures.append(f"the last checkpoint of {cut} differs at {place}.")
 
 
-def equal(one: Any, other: Any) -> bool:
-    """Whether two trees of tensors and plain values are the same, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
+def difference(one: Any, other: Any, place: str = "") -> str | None:
+    """Where two trees of tensors and plain values are not the same, bit for bit; None where they are."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return next((found for key in one if (found := difference(one[key], other[key], f"{place}/{key}"))), None)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return next(
+            (found for i, pair in enumerate(zip(one, other, strict=True)) if (found := difference(*pair, f"{place}/{i}"))), None
+        )
+    else:
+        same = type(one) is type(other) and repr(one) == repr(other)  # repr tells floats apart to the last bit, and knows NaN
+    return None if same else place or "/"
 
 
 def kill_saves(kills: int, folder: Path, seed: int = 0) -> Tally:
@@ -273,7 +278,7 @@ def kill_saves(kills: int, folder: Path, seed: int = 0) -> Tally:
         tally.failures += _damaged(folder)
         found = checkpoint.load_latest(folder, tally.failures.append)
         tally.resumed += 1
-        if found is None or not equal(found[1], _tree(found[0])):
+        if found is None or difference(found[1], _tree(found[0])):
             tally.failures.append("the newest checkpoint is not what was saved.")
         if stale := [path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")]:
             tally.failures.append(f"left behind: {', '.join(stale)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kills import HEADLINE, PHASES, equal
+from benchmarks.kills import HEADLINE, PHASES, difference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,13 +49,14 @@ def test_runs_survive_kills(tmp_path: Path) -> None:
 
 
 def test_trees_are_compared_to_the_last_bit() -> None:
-    tree = {"a": [torch.ones(2), 1, "x"], "b": {"c": 0.1}}
-    assert equal(tree, {"a": [torch.ones(2), 1, "x"], "b": {"c": 0.1}})
-    for other in (
-        {"a": [torch.ones(2, dtype=torch.float64), 1, "x"], "b": {"c": 0.1}},
-        {"a": [torch.ones(2) + 1e-7, 1, "x"], "b": {"c": 0.1}},
-        {"a": [torch.ones(2), 1], "b": {"c": 0.1}},
-        {"a": [torch.ones(2), 1, "x"], "b": {"c": 0.1 + 1e-17 + 1e-16}},
-        {"a": [torch.ones(2), 1, "x"], "d": {"c": 0.1}},
+    tree = {"a": [torch.ones(2), 1, "x"], "b": {"c": 0.1, "d": math.nan}}
+    assert difference(tree, {"a": [torch.ones(2), 1, "x"], "b": {"c": 0.1, "d": math.nan}}) is None
+    for other, place in (
+        ({**tree, "a": [torch.ones(2, dtype=torch.float64), 1, "x"]}, "/a/0"),
+        ({**tree, "a": [torch.ones(2) + 1e-6, 1, "x"]}, "/a/0"),
+        ({**tree, "a": [torch.ones(2), 1]}, "/a"),
+        ({**tree, "a": [torch.ones(2), True, "x"]}, "/a/1"),
+        ({**tree, "b": {"c": math.nextafter(0.1, 1), "d": math.nan}}, "/b/c"),
+        ({"a": tree["a"]}, "/"),
     ):
-        assert not equal(tree, other)
+        assert difference(tree, other) == place
