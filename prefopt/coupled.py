@@ -66,7 +66,7 @@ def coupled_objectives(
         parts = [{**given(batch, names), **policy.evaluate(batch, from_policy)} for batch in micro_batches]
     merged: dict[str, Tensor] = {}
     begins: dict[str, int] = {}  # where this rank's rows stand: P, N and M rows are counted apart
-    for name in parts[0]:
+    for name in sorted(parts[0]):  # ranks exchange in one order; that of sets differs between processes
         everyone = communicator.gather(merge(name, [part[name] for part in parts]))
         begins[name] = sum(piece.shape[0] for piece in everyone[: communicator.rank]) if everyone[0].dim() else 0
         merged[name] = merge(name, everyone).requires_grad_(name in from_policy)
