@@ -254,7 +254,8 @@ class _Run:
         surrogates = coupled_objectives(
             coupled, self._given, self.policy, micro_batches, self.communicator, self._record_shared
         )
-        values: list[Tensor] = [torch.zeros((), device=self.device)]
+        # In one type, also on a rank that has no rows in this step.
+        values: list[Tensor] = [torch.zeros((), dtype=torch.float64, device=self.device)]
         anchors: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             tensors = self._tensors(batch, last=index == len(micro_batches) - 1)

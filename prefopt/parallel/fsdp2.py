@@ -42,6 +42,7 @@ class FSDP2(Processes):
         register_fsdp_forward_method(module, "evaluate")
         for unit in _units(module):
             unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
         # The first module that runs becomes the root; a layer must not, when sampling comes before the first `evaluate`.
         module._get_fsdp_state()._lazy_init()
 

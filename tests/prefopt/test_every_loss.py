@@ -43,7 +43,10 @@ def test_trains_twenty_steps_from_its_name(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line for line in lines if "loss" in line}
     assert list(steps) == list(range(1, STEPS + 1))
-    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps.values())
+    assert all(math.isfinite(line["loss"]) for line in steps.values())
+    # Where a narrow range clips every ratio of a step, there is no gradient.
+    assert all(line["grad_norm"] > 0 or line.get("clip_frac") == 1 for line in steps.values())
+    assert sum(line["grad_norm"] > 0 for line in steps.values()) > STEPS / 2
     needs = algorithms.get(name).setting().loss.needs
     after = load_file(run / "policy" / "model.safetensors")
     if trains_reward_model(losses.get(name)):  # saved as a sequence classifier, whose score is its head
