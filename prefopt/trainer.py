@@ -459,7 +459,7 @@ class _Run:
         self.running = {name: pair.to(self.device) for name, pair in tree["running"].items()}
         self.step = self.result.steps = tree["step"]
         self.result.tokens = tree["tokens"]
-        self.skipped = tree.get("skipped", 0)  # earlier versions had none
+        self.skipped = tree["skipped"]
         written, ranks = len(tree["generators"]), self.communicator.world_size
         checkpoint.load_generator_state(tree["generators"][self.communicator.rank % written])
         self.say(f"resumed after step {step}.")
