@@ -65,6 +65,10 @@ class Feed:
         """The stream's position after the last step that `next` returned."""
         return self._stream.state_dict() if self._waiting is None else self._waiting[0]
 
+    def load_state_dict(self, state: Any) -> None:
+        """The inverse of `state_dict`, before the first step is asked for."""
+        self._stream.load_state_dict(state)
+
     def _fetch(self) -> Sequence[Batch] | None:
         if self._steps is None:
             self._steps = iter(self._stream)

@@ -16,9 +16,8 @@ from torch import Tensor
 from losses.registry import BoundLoss, BoundTerm
 from losses.types import VOCABULARY, LossOutput, Max, Metric
 from prefopt import checkpoint
-from prefopt.communicator import gather_bytes, gather_plain
 from prefopt.coupled import coupled_objectives
-from prefopt.errors import ConfigError, OutputError, SaveError, Stopped, TrainingError
+from prefopt.errors import ConfigError, OutputError, Stopped, TrainingError
 from prefopt.first_loss import anchor_loss, check_first_loss
 from prefopt.guard import NotFiniteError, UpdateGuard
 from prefopt.memory import Halver, explained
@@ -29,6 +28,7 @@ from prefopt.parallel.strategy import Strategy
 from prefopt.prefetch import Feed
 from prefopt.recovery import Recovery
 from prefopt.runlog import RunLog
+from prefopt.snapshots import Parts, Progress, Snapshots
 from prefopt.stopping import listening
 from prefopt.streams import Stream
 
@@ -171,6 +171,15 @@ class _Run:
         self.skipped = 0  # updates left out, because their loss or gradient was not finite
         self.feed = Feed(stream, self.device)
         self.meter = Meter()
+        run = {
+            "loss": loss.name,
+            "hyper-parameters": {name: repr(value) for name, value in loss.hyper.items()},
+            "optimization": asdict(optimization),
+            "number of steps": stream.total_steps,  # as planned: rollouts may leave out some of them on the way
+        }
+        patient = recovery.on_failed_save == "continue"
+        parts = Parts(policy, self.optimizer, self.feed, self.meter)
+        self.snapshots = Snapshots(folder, parts, run, strategy, keep=logging.keep, patient=patient, say=say)
         self.step = 0
         # name -> [2] sum and count of running statistics that losses update, such as BCO's reward shift
         self.running: dict[str, Tensor] = {}
@@ -183,7 +192,6 @@ class _Run:
         self._states = sorted(n for n in loss.needs | loss.optional if VOCABULARY[n].source == "state")
         self._plain = [term for term in loss.terms if not term.coupled]
         self._coupled = [term for term in loss.terms if term.coupled]
-        self._planned = stream.total_steps  # rollouts may leave out some of them on the way
         self._from_policy = frozenset(name for name in loss.needs if VOCABULARY[name].source == "policy")
         self._in_training = False
         self.anchored = True  # the first loss is compared with that of policy = reference
@@ -397,88 +405,17 @@ class _Run:
         self.resume_clock()
 
     def save(self) -> None:
-        assert self.folder is not None
+        """Writes a checkpoint."""
         self.settle()
-        self.meter.collect(self.communicator)
-        own_generators = checkpoint.to_bytes(checkpoint.generator_state())
-        tree = {
-            "policy": self.strategy.full(self.policy.trainable_state()),
-            "optimizer": self.strategy.full(checkpoint.optimizer_state(self.optimizer)),
-            "generators": [checkpoint.from_bytes(found) for found in gather_bytes(self.communicator, own_generators)],
-            "stream": self.feed.state_dict(),
-            "meter": self.meter.state_dict(),
-            "running": dict(self.running),
-            "step": self.step,
-            "tokens": self.result.tokens,
-            "skipped": self.skipped,
-            "run": self._description(),
-        }
-        try:
-            if self.strategy.leads:
-                checkpoint.save(self.folder, self.step, tree, keep=self.logging.keep)
-        except SaveError as error:
-            if self.recovery.on_failed_save == "stop":
-                raise
-            self.say(f"{error.what} Going on without this checkpoint.")
+        self.snapshots.save(Progress(self.step, self.result.tokens, self.skipped, dict(self.running)))
         self.resume_clock()
 
-    def _description(self) -> dict[str, Any]:
-        """What a checkpoint and the run that resumes from it must have in common."""
-        return {
-            "loss": self.loss.name,
-            "hyper-parameters": {name: repr(value) for name, value in self.loss.hyper.items()},
-            "optimization": asdict(self.optimization),
-            "number of steps": self._planned,
-        }
-
     def restore(self) -> None:
-        if self.folder is None:
-            raise ConfigError("resume needs the run's output folder.")
-        found = checkpoint.load_latest(self.folder, self.say)
-        steps = gather_plain(self.communicator, None if found is None else found[0])
-        if len({*steps}) > 1:
-            raise ConfigError(
-                f"the processes see different newest checkpoints in {self.folder} (after steps {', '.join(map(str, steps))}): "
-                "the folder must be one that all of them share."
-            )
-        if found is None:
-            self.say("nothing to resume: no checkpoint yet, starting from the first step.")
-            return
-        step, tree = found
-        own = self._description()
-        if tree["run"] != own:
-            differing = ", ".join(sorted(name for name in own if tree["run"].get(name) != own[name]))
-            raise ConfigError(
-                f"the checkpoint in {self.folder} was written by a run with another {differing}; resume with the same options, "
-                "or name another folder."
-            )
-        self._load_weights(tree["policy"], tree["optimizer"])
-        self.stream.load_state_dict(tree["stream"])
-        if self.strategy.leads:  # it is that of all ranks
-            self.meter.load_state_dict(tree["meter"])
-        self.running = {name: pair.to(self.device) for name, pair in tree["running"].items()}
-        self.step = self.result.steps = tree["step"]
-        self.result.tokens = tree["tokens"]
-        self.skipped = tree["skipped"]
-        written, ranks = len(tree["generators"]), self.communicator.world_size
-        checkpoint.load_generator_state(tree["generators"][self.communicator.rank % written])
-        self.say(f"resumed after step {step}.")
-        if written != ranks:
-            self.say(
-                f"the checkpoint was written by {_processes(written)}, this run has {_processes(ranks)}: the order of rows is "
-                "the same, losses agree to rounding."
-            )
-
-    def _load_weights(self, policy: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Takes this rank's part of a checkpoint's weights and optimizer state."""
-        like, own = self.strategy.like, self.policy.trainable_state()
-        self.policy.load_trainable_state({name: like(value, own.get(name)) for name, value in policy.items()})
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        state = {
-            index: {name: like(value, parameters[int(index)]) for name, value in values.items()}
-            for index, values in optimizer["state"].items()
-        }
-        checkpoint.load_optimizer_state(self.optimizer, {**optimizer, "state": state})
+        """Goes on from the newest good checkpoint, if there is one."""
+        if (found := self.snapshots.restore()) is not None:
+            self.step = self.result.steps = found.step
+            self.result.tokens, self.skipped = found.tokens, found.skipped
+            self.running = {name: pair.to(self.device) for name, pair in found.running.items()}
 
 
 def _output(term: BoundTerm, tensors: Mapping[str, Tensor]) -> LossOutput:
@@ -500,10 +437,6 @@ def _shape(name: str, batch: Batch) -> tuple[int, ...]:
 
 def _ids(micro_batches: Sequence[Batch]) -> list[str]:
     return [row for batch in micro_batches for row in batch.ids]
-
-
-def _processes(count: int) -> str:
-    return f"{count} processes" if count > 1 else "1 process"
 
 
 def _due(step: int, every: int, total: int) -> bool:

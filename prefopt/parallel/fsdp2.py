@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prefopt import checkpoint
+from prefopt.communicator import gather_plain
+from prefopt.errors import SaveError
 from prefopt.models.heads import Head
 from prefopt.models.protocol import Policy, trainable_parameters
+from prefopt.parallel import sharded
 from prefopt.parallel.processes import Processes, as_module
 
 
@@ -74,23 +79,28 @@ class FSDP2(Processes):
             # torch's hooks there would shard the weights again for a state dict.
             module._state_dict_pre_hooks.clear()
 
-    def full(self, tree: Any) -> Any:
-        """See `Strategy.full`; one tensor after the other, on rank 0 in main memory."""
-        if isinstance(tree, Mapping):
-            return {name: self.full(value) for name, value in tree.items()}
-        if isinstance(tree, list | tuple):
-            return [self.full(value) for value in tree]
-        if not isinstance(tree, DTensor):
-            return tree
-        whole = tree.full_tensor()
-        return whole.cpu() if self.leads else None
+    def save(self, folder: Path, step: int, tree: checkpoint.Tree, keep: int) -> None:
+        """See `Strategy.save`; every rank writes the parts that it holds, so nothing is gathered."""
+        tree, parts = sharded.separate(tree)
+        told = False
 
-    def like(self, value: Tensor, own: Tensor | None) -> Tensor:
-        """See `Strategy.like`."""
-        if not isinstance(own, DTensor) or own.shape != value.shape:
-            return value
-        there = value.to(own.device)
-        return distribute_tensor(there, own.device_mesh, own.placements, src_data_rank=None)
+        def write_parts(staged: Path | None) -> None:
+            nonlocal told
+            told = True
+            where = gather_plain(self.communicator, staged and str(staged))[0]
+            if where is None:
+                raise SaveError(f"could not write into {folder}: rank 0 could not begin a checkpoint.")
+            sharded.write(parts, Path(where))
+
+        if not self.leads:
+            return write_parts(None)
+        try:
+            checkpoint.save(folder, step, tree, keep=keep, write_shards=write_parts)
+        except SaveError:
+            if not told:  # the others wait to hear where
+                with contextlib.suppress(SaveError):
+                    write_parts(None)
+            raise
 
     def _gather(self, policy: Any) -> None:
         for unit in _units(policy):

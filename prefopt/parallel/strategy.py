@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from prefopt import checkpoint
 from prefopt.communicator import Communicator, SingleProcess, gather_plain
 from prefopt.errors import ConfigError
 from prefopt.files import differences
@@ -63,13 +65,17 @@ class Strategy:
     def release(self, policy: Any) -> None:
         """Leaves a trained policy as an ordinary module with all its weights, on every rank."""
 
-    def full(self, tree: Any) -> Any:
-        """Dicts and lists of tensors as one process would have them; complete on rank 0 alone."""
-        return tree
+    def save(self, folder: Path, step: int, tree: checkpoint.Tree, keep: int) -> None:
+        """`checkpoint.save` of what all ranks hold; all of them call it, and rank 0's `tree` is what is written of values that
+        every rank has. Raises SaveError, at least on rank 0."""
+        if self.leads:
+            checkpoint.save(folder, step, tree, keep=keep)
 
-    def like(self, value: Tensor, own: Tensor | None) -> Tensor:
-        """A whole tensor as `own`, its counterpart in this process, is held. The inverse of `full`."""
-        return value
+    def own(self, values: Mapping[str, Tensor | checkpoint.Sharded], counterparts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a checkpoint as this process holds them, like their `counterparts` here."""
+        from prefopt.parallel import sharded  # imports of torch.distributed that other runs do without
+
+        return sharded.read(values, counterparts)
 
     def at_step(self, step: int) -> None:
         """Told of every step, for messages about processes that are not heard of any more."""

@@ -8,8 +8,10 @@ Results are FOLDER/<strategy>/<scenario>.safetensors (the trained weights) and .
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,6 +40,7 @@ from prefopt.optimization import Logging, Optimization
 from prefopt.options import ParallelOptions
 from prefopt.parallel.choice import open_strategy
 from prefopt.parallel.strategy import Strategy
+from prefopt.recovery import Recovery
 from prefopt.reference import ReferenceCache
 from prefopt.rollouts import Workshop, online, rollouts
 from prefopt.streams import Budget, OfflineStream, Stream
@@ -172,6 +176,8 @@ def main(folder: Path, ports: Sequence[str]) -> None:
             for algorithm in HEADLINE:
                 resumes(folder, algorithm, strategy)
             signalled(folder / name, strategy)
+            if name == "fsdp2":
+                starved(folder / name, strategy)
 
 
 def signalled(folder: Path, strategy: Strategy) -> None:
@@ -190,6 +196,26 @@ def signalled(folder: Path, strategy: Strategy) -> None:
         told = {"step": stopped.step, "number": stopped.number}
     (folder / f"signalled-rank-{strategy.communicator.rank}.json").write_text(json.dumps(told))
     write(folder / "signalled-resumed", run(scenario, strategy, folder=folder / "signalled", resume=True), strategy)
+
+
+def starved(folder: Path, strategy: Strategy) -> None:
+    """Rank 1 can write no file when the first checkpoint is due."""
+    unlimited, turns = resource.getrlimit(resource.RLIMIT_FSIZE), iter((1, 0))
+
+    def limit() -> dict[str, float]:
+        if next(turns) and not strategy.leads:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of an end
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        return {}
+
+    with (folder / "starved-said").open("w") if strategy.leads else contextlib.nullcontext() as file:
+        found = run(
+            Scenario("dpo"), strategy, folder=folder / "starved", save_every=SAVE_EVERY, evaluate=limit, evaluate_at=[7, 12],
+            recovery=Recovery(on_failed_save="continue"), console=file and Console(file=file, width=300),
+        )  # fmt: skip
+    write(folder / "starved-run", found, strategy)
 
 
 def one_fails(how: str, folder: Path) -> None:

@@ -30,6 +30,7 @@ from prefopt.judges.people import make_page, read_page
 from prefopt.judges.samples import Sample, pair_samples, read_samples
 from prefopt.models.loading import load_model
 from prefopt.options import Options
+from prefopt.parallel.strategy import Strategy
 from prefopt.report.schema import load_results
 from prefopt.score_inputs import load_policy
 from prefopt.study import Entry, Study
@@ -156,6 +157,27 @@ def test_a_checkpoint_that_is_a_pickle_is_refused(name: str, tmp_path: Path, ran
 )
 @pytest.mark.fault(7)
 def test_a_checkpoint_whose_state_makes_no_sense_is_refused(data: bytes, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be read"):
+        checkpoint.load(hostile_checkpoint(tmp_path, "state.json", data))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [("0/weights", [3], "float32"), ("of another file", [2], "float32"), ("0/weights", [10**14], "float32")],
+)
+@pytest.mark.fault(7)
+def test_parts_that_are_not_there_are_refused(name: str, shape: list[int], dtype: str, tmp_path: Path) -> None:
+    """Of another shape, absent, or larger than any memory."""
+    data = json.dumps({"weights": {"__sharded__": name, "shape": shape, "dtype": dtype}}).encode()
+    _, tree = checkpoint.load(hostile_checkpoint(tmp_path, "state.json", data))
+    with pytest.raises(OutputError, match="cannot be read"):
+        Strategy().own(tree, {})
+
+
+@pytest.mark.parametrize("dtype", ["load", "nothing", "__doc__", 3])
+@pytest.mark.fault(7)
+def test_parts_of_no_type_are_refused(dtype: Any, tmp_path: Path) -> None:
+    data = json.dumps({"weights": {"__sharded__": "0/weights", "shape": [2], "dtype": dtype}}).encode()
     with pytest.raises(OutputError, match="cannot be read"):
         checkpoint.load(hostile_checkpoint(tmp_path, "state.json", data))
 

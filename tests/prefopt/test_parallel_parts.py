@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from losses.types import Max
@@ -271,3 +274,47 @@ def test_a_launchers_echo_of_a_signal_is_no_second_signal() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         assert request.number == signal.SIGUSR1
+
+
+def two_checkpoints(folder: Path) -> list[Path]:
+    """After steps 1 and 2, each with parts of a [4] tensor in two files."""
+
+    def parts(staged: Path) -> None:
+        for index in range(2):
+            save_file({f"part {index}": torch.arange(2.0) + index}, staged / f"shard-{index}.safetensors")
+
+    return [checkpoint.save(folder, step, {"step": step}, write_shards=parts) for step in (1, 2)]
+
+
+@pytest.mark.fault(6, 7)
+@pytest.mark.parametrize("part", [0, 1])
+def test_ranks_verify_shares_of_a_checkpoint_and_fall_back_together(part: int, tmp_path: Path) -> None:
+    """Whoever finds the damage, all of them take the checkpoint before it and name the file."""
+    _, newest = two_checkpoints(tmp_path)
+    said: list[list[str]] = [[], []]
+
+    def load(communicator: Communicator) -> int:
+        found = checkpoint.load_latest(tmp_path, said[communicator.rank].append, communicator)
+        assert found is not None
+        return found[0]
+
+    assert on_ranks(2, load) == [2, 2]
+    assert said == [[], []]
+    (newest / f"shard-{part}.safetensors").write_bytes(b"spoilt")
+    assert on_ranks(2, load) == [1, 1]
+    assert all(f"shard-{part}.safetensors is damaged" in lines[0] for lines in said)
+
+
+def test_ranks_that_see_different_checkpoints_are_told(tmp_path: Path) -> None:
+    """As on nodes whose folders are their own: nobody resumes from another step than the others."""
+    for rank in range(2):
+        two_checkpoints(tmp_path / str(rank))
+    shutil.rmtree(tmp_path / "1" / "checkpoint-2")
+
+    def load(communicator: Communicator) -> str:
+        with pytest.raises(ConfigError) as caught:
+            checkpoint.load_latest(tmp_path / str(communicator.rank), pytest.fail, communicator)
+        return str(caught.value)
+
+    told = on_ranks(2, load)
+    assert all("(the newest, by rank: checkpoint-2, checkpoint-1)" in message for message in told)
