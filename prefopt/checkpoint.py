@@ -299,6 +299,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tree: Tree) -> None:
     )
 
 
+def copied(tree: Tree) -> Tree:
+    """A tree that shares nothing with `tree`, its tensors in main memory: what is written while the original changes."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {key: copied(value) for key, value in tree.items()}
+    return [copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
 _TENSOR, _SHARDED = "__tensor__", "__sharded__"
 
 

@@ -57,11 +57,14 @@ class Logging:
         log_every: steps between lines of metrics.jsonl, the last step included; 0 writes that one alone.
         save_every: steps between checkpoints, the last step included; 0 writes none.
         keep: how many checkpoints stay.
+        save_in_background: A checkpoint is copied to main memory and written while training goes on; one at a time. A run that
+            is killed meanwhile resumes from the one before. Not under fsdp2, whose processes write together.
     """
 
     log_every: int = 10
     save_every: int = 0
     keep: int = 2
+    save_in_background: bool = False
 
     def __post_init__(self) -> None:
         if self.log_every < 0 or self.save_every < 0 or self.keep < 1:

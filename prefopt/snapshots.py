@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from prefopt.communicator import gather_bytes
 from prefopt.errors import ConfigError, SaveError
 from prefopt.metrics import Meter
 from prefopt.models.protocol import Policy
+from prefopt.optimization import Logging
 from prefopt.parallel.strategy import Strategy
 from prefopt.prefetch import Feed
 
@@ -47,16 +49,20 @@ class Parts:
 
 
 class Snapshots:
-    """Writes and reads the checkpoints of one run; all ranks call its methods together.
+    """Writes and reads the checkpoints of one run; all ranks call its methods together. Used as a context, which ends when the
+    last checkpoint is written.
 
     Args:
         folder: of the run; None where nothing is kept.
         parts: whose state is written, and given back in place.
         run: plain values that a checkpoint and the run that resumes from it must have in common, by what they are called.
         strategy: how the run is spread over processes.
-        keep: checkpoints that stay.
+        logging: how many checkpoints stay, and whether they are written while the run goes on.
         patient: a checkpoint that cannot be written is left out, with a message.
         say: is told of everything that users should know.
+
+    Raises:
+        ConfigError: checkpoints cannot be written in the background under this strategy.
     """
 
     def __init__(
@@ -66,21 +72,40 @@ class Snapshots:
         run: Mapping[str, Any],
         strategy: Strategy,
         *,
-        keep: int,
+        logging: Logging,
         patient: bool,
         say: Callable[[str], None],
     ) -> None:
+        if logging.save_in_background and strategy.saves_together:
+            raise ConfigError(f"save_in_background: under {strategy.name} all processes write together; leave it out.")
         self._folder, self._parts, self._run, self._strategy = folder, parts, dict(run), strategy
-        self._keep, self._patient, self._say = keep, patient, say
+        self._logging, self._patient, self._say = logging, patient, say
         self._communicator = strategy.communicator
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if logging.save_in_background else None
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except SaveError as error:
+            if kind is None:
+                raise
+            self._say(error.what)  # beside the error that ends the run
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint, or begins to.
 
         Raises:
-            SaveError: it could not be written, and the run is not patient.
+            SaveError: it, or the one that was being written, could not be, and the run is not patient.
         """
         assert self._folder is not None
+        self.wait()
         parts = self._parts
         parts.meter.collect(self._communicator)
         own_generators = checkpoint.to_bytes(checkpoint.generator_state())
@@ -96,8 +121,25 @@ class Snapshots:
             "skipped": progress.skipped,
             "run": self._run,
         }
+        place = (self._folder, progress.step)
+        if self._writer is None:
+            self._finish(lambda: self._strategy.save(*place, tree, self._logging.keep))
+        else:  # the run goes on to change what the tree refers to
+            self._writing = self._writer.submit(self._strategy.save, *place, checkpoint.copied(tree), self._logging.keep)
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is being written.
+
+        Raises:
+            SaveError: it could not be, and the run is not patient.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._finish(writing.result)
+
+    def _finish(self, write: Callable[[], None]) -> None:
         try:
-            self._strategy.save(self._folder, progress.step, tree, self._keep)
+            write()
         except SaveError as error:
             if not self._patient:
                 raise

@@ -110,7 +110,7 @@ def fit(
     run.result.lines.extend(log.earlier)
     # A reward model may be trained in the middle of an evaluation, which has gradients off.
     echo = _LAUNCHER_ECHO if strategy.communicator.world_size > 1 else 0.0
-    with log, torch.enable_grad(), listening(folder is not None, echo) as request:
+    with log, run.snapshots, torch.enable_grad(), listening(folder is not None, echo) as request:
         run.resume_clock()
         if run.step == 0:
             run.evaluate(log, evaluate, evaluate_at)
@@ -126,6 +126,7 @@ def fit(
             if folder is not None and (due or asked):
                 run.save()
             if asked:
+                run.snapshots.wait()
                 raise Stopped(asked, run.step, stream.total_steps)
         run.guard.check()
         run.count_tokens()
@@ -179,7 +180,7 @@ class _Run:
         }
         patient = recovery.on_failed_save == "continue"
         parts = Parts(policy, self.optimizer, self.feed, self.meter)
-        self.snapshots = Snapshots(folder, parts, run, strategy, keep=logging.keep, patient=patient, say=say)
+        self.snapshots = Snapshots(folder, parts, run, strategy, logging=logging, patient=patient, say=say)
         self.step = 0
         # name -> [2] sum and count of running statistics that losses update, such as BCO's reward shift
         self.running: dict[str, Tensor] = {}

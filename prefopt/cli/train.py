@@ -49,7 +49,7 @@ from prefopt.tasks import build_task, prepare_process
 CONFIG_FILE, RESULT_FILE, POLICY_FOLDER = "config.json", "result.json", "policy"
 REWARD_FILE, RELIABILITY_FILE = "reward_report.json", "reliability.png"
 # What may be otherwise when a run goes on: it changes none of its numbers.
-_MAY_DIFFER = ("recovery", "logging.keep", "logging.save_every")
+_MAY_DIFFER = ("recovery", "logging.keep", "logging.save_every", "logging.save_in_background")
 # A run by hand is worth resuming; a comparison's cells are short and many.
 SAVE_EVERY = 50
 _RUN, _LOSS = "Run", "--loss"

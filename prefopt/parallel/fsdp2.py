@@ -31,6 +31,7 @@ class FSDP2(Processes):
     """
 
     name = "fsdp2"
+    saves_together = True
 
     def prepare(self, policy: Policy) -> None:
         """See `Strategy.prepare`; the policy is sharded in place, rank 0's weights are copied to the others before."""

@@ -31,9 +31,11 @@ class Strategy:
 
     Attributes:
         name: what `--strategy` calls it.
+        saves_together: `save` needs all processes at the same time.
     """
 
     name = "single"
+    saves_together = False
 
     def __init__(self, communicator: Communicator | None = None) -> None:
         self.communicator = communicator or SingleProcess()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +28,12 @@ from losses.types import VOCABULARY
 from prefopt import algorithms, checkpoint
 from prefopt.data.exact_world import ExactWorld, WorldConfig
 from prefopt.data.records import Example, Labels
-from prefopt.errors import ConfigError, OutputError, TrainingError
+from prefopt.errors import ConfigError, OutputError, SaveError, TrainingError
 from prefopt.memory import halves
 from prefopt.models.tabular import TabularPolicy, build_tabular
 from prefopt.optimization import Logging, Optimization
 from prefopt.packing import PackedBatch, Sampling, flat_roles, pack
+from prefopt.parallel.strategy import Strategy
 from prefopt.recovery import Recovery
 from prefopt.reference import ReferenceCache
 from prefopt.runlog import read_lines
@@ -89,6 +92,7 @@ def run(
     resume: bool = False,
     logging: Logging | None = None,
     console: Console | None = None,
+    strategy: Strategy | None = None,
 ) -> tuple[TabularPolicy, FitResult]:
     """Steps of eight pairs in micro-batches of four."""
     setting = algorithms.get(name).setting()
@@ -102,7 +106,7 @@ def run(
     )  # fmt: skip
     result = fit(
         policy, setting.loss, stream, Optimization(learning_rate=1e-2), logging=logging or Logging(log_every=1),
-        recovery=recovery, folder=folder, resume=resume, console=console,
+        recovery=recovery, folder=folder, resume=resume, console=console, strategy=strategy,
     )  # fmt: skip
     return policy, result
 
@@ -363,3 +367,67 @@ def test_a_real_disk_that_fills_up(tmp_path: Path) -> None:
     kept = done.stdout.partition("ended with 2")[2].split()
     assert len([name for name in kept if name.startswith("checkpoint-")]) >= 2
     assert not [name for name in kept if name.startswith(".tmp-")]
+
+
+def test_checkpoints_written_in_the_background_are_those_of_the_foreground(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one is written only when the next update is done, and holds the state as it was before."""
+    generators = checkpoint.generator_state()
+    run(tmp_path / "fore", logging=Logging(log_every=4, save_every=1, keep=9))
+    checkpoint.load_generator_state(generators)
+    save, updates, late = checkpoint.save, [0], [0]
+
+    class Counted(OfflineStream):
+        def after_update(self, metrics: Any) -> None:
+            updates[0] += 1
+
+    def save_late(folder: Path, step: int, tree: Any, **options: Any) -> Path:
+        deadline = time.monotonic() + 60
+        while updates[0] < min(step + 1, 6):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        late[0] += updates[0] > step
+        return save(folder, step, tree, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save_late)
+    run(tmp_path / "back", stream_type=Counted, logging=Logging(log_every=4, save_every=1, keep=9, save_in_background=True))
+    assert late == [5]
+    for step in range(1, 7):
+        one, other = (checkpoint.load(tmp_path / name / f"checkpoint-{step}")[1] for name in ("fore", "back"))
+        assert checkpoint.to_bytes(one) == checkpoint.to_bytes(other)
+
+
+def test_a_failure_in_the_background_stops_the_run_or_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the next checkpoint, or at the end; an error that ends the run meanwhile is the one that is raised."""
+
+    def full(folder: Path, step: int, *_: Any, **__: Any) -> None:
+        raise SaveError(f"could not write checkpoint-{step}: the disk is full.")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    for every, first in ((2, 2), (6, 6)):
+        with pytest.raises(SaveError, match=f"checkpoint-{first}: the disk is full"):
+            run(tmp_path / str(every), logging=Logging(log_every=1, save_every=every, save_in_background=True))
+    said = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    logging = Logging(log_every=1, save_every=3, save_in_background=True)
+    _, result = run(tmp_path / "on", logging=logging, recovery=Recovery(on_failed_save="continue"), console=said)
+    assert result.steps == 6
+    assert said.export_text().count("Going on without this checkpoint.") == 2
+    poisoned = type("Fifth", (Poisoned,), {"poisoned": (5,)})
+    with pytest.raises(TrainingError, match="step 5"):
+        run(
+            tmp_path / "bad",
+            stream_type=poisoned,
+            logging=Logging(log_every=1, save_every=4, save_in_background=True),
+            console=said,
+        )
+    assert "checkpoint-4: the disk is full" in said.export_text()
+
+
+def test_processes_that_write_together_do_not_do_so_in_the_background(tmp_path: Path) -> None:
+    class Together(Strategy):
+        name = "fsdp2"
+        saves_together = True
+
+    with pytest.raises(ConfigError, match="under fsdp2 all processes write together"):
+        run(tmp_path, logging=Logging(save_every=1, save_in_background=True), strategy=Together())
