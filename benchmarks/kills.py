@@ -4,8 +4,9 @@
     python -m benchmarks.kills --kills 0 --saves 50   a process that does nothing but save, killed 50 times
 
 A run of the exact world with a table for a policy is killed again and again, each time at a random moment of a phase that is
-drawn, and started again with `resume`, until it ends. Then its metrics (timings left out), its last checkpoint and its
-evaluation must equal those of a run that nobody disturbed, bit for bit. After every kill, what has a checkpoint's name must be
+drawn, and started again with `resume`, until it ends; every second run writes its checkpoints in the background. Then its
+metrics (timings left out), its last checkpoint and its evaluation must equal those of a run that nobody disturbed, bit for
+bit. After every kill, what has a checkpoint's name must be
 whole. All processes are forks of one that has imported everything. The exit status is 1 where anything differs.
 """
 
@@ -23,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -141,8 +142,9 @@ def end(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def live(task: World, name: str, folder: Path, cache: Path, marks: Marks) -> None:
+def live(task: World, name: str, folder: Path, cache: Path, marks: Marks, *, background: bool = False) -> None:
     """One life of a run: from the newest checkpoint to the end, if nobody kills it."""
+    options = replace(_OPTIONS, logging=replace(_OPTIONS.logging, save_in_background=background))
     checkpoint.save = marks.around(SAVING, checkpoint.save)  # type: ignore[assignment]
     World.evaluate = marks.around(EVALUATION, World.evaluate)  # type: ignore[method-assign]
     setting = algorithms.get(name).setting(**_HYPER.get(name, {}))
@@ -150,7 +152,7 @@ def live(task: World, name: str, folder: Path, cache: Path, marks: Marks) -> Non
         Feed.next = marks.around(ROLLOUT, Feed.next)  # type: ignore[method-assign]
     random.seed(0)  # a fork begins with a seed of its own, and checkpoints hold the generator's state
     marks.enter(TRAINING)
-    result = run_cell(task, setting, _OPTIONS, 0, label=name, cache=cache, folder=folder, resume=True)
+    result = run_cell(task, setting, options, 0, label=name, cache=cache, folder=folder, resume=True)
     (folder / _FINAL).write_text(json.dumps([dict(result.cell.final), [dict(line) for line in result.cell.path]]))
 
 
@@ -192,7 +194,7 @@ def _life(
     """One life of a run, killed so many seconds after a phase has begun for the n-th time; True when it came to its end."""
     marks.clear()
     tally.resumed += bool(checkpoint.list_checkpoints(folder))
-    child = fork(lambda: live(task, name, folder, cache, marks))
+    child = fork(lambda: live(task, name, folder, cache, marks, background=tally.compared % 2 == 1))
     gone = 0
     while wanted is not None and marks.begun(wanted[0]) < wanted[1] and not gone:
         gone, status = os.waitpid(child, os.WNOHANG)

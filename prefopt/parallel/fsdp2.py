@@ -91,6 +91,12 @@ class FSDP2(Processes):
             where = gather_plain(self.communicator, staged and str(staged))[0]
             if where is None:
                 raise SaveError(f"could not write into {folder}: rank 0 could not begin a checkpoint.")
+            seen = gather_plain(self.communicator, Path(where).is_dir())
+            if not all(seen):
+                raise SaveError(
+                    f"could not write into {folder}: rank {seen.index(False)} does not see what rank 0 writes there; the folder "
+                    "must be one that all processes share."
+                )
             sharded.write(parts, Path(where))
 
         if not self.leads:
