@@ -94,8 +94,8 @@ class FSDP2(Processes):
             seen = gather_plain(self.communicator, Path(where).is_dir())
             if not all(seen):
                 raise SaveError(
-                    f"could not write into {folder}: rank {seen.index(False)} does not see what rank 0 writes there; the folder "
-                    "must be one that all processes share."
+                    f"could not write into {folder}: rank {seen.index(False)} does not see what rank 0 writes there; "
+                    "the folder must be one that all processes share."
                 )
             sharded.write(parts, Path(where))
 

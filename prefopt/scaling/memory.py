@@ -33,7 +33,7 @@ class Setup:
     """How a run is made and laid over GPUs.
 
     Args:
-        strategy: single; ddp: whole copies that share gradients; fsdp2: everything in equal parts, gathered layer by layer.
+        strategy: single; ddp: whole copies that share gradients; fsdp2: the policy in equal parts, gathered layer by layer.
         gpus: G.
         micro_batch_tokens: S, on each GPU.
         checkpointing: layers keep their inputs only, and are computed again in backward.
@@ -72,9 +72,11 @@ class Footprint:
             gradient, 4 bytes, of the larger of the two until it is scattered.
         gradients: 4 T; fsdp2: / G.
         optimizer: AdamW's two states, 8 T; fsdp2: / G.
-        reference: 4 P of a frozen copy where all weights are trained; fsdp2: / G. Every policy is built with it, and it stays
-            though its log-probs are cached. Under LoRA it is the policy with adapters off, so 0.
-        reward_model: 4 P where completions are sampled; fsdp2: / G.
+        reference: 4 P of a frozen copy where all weights are trained, whole on every GPU. Every policy is built with it, and it
+            stays though its log-probs are cached. Under LoRA it is the policy with adapters off, so 0.
+        reward_model: 4 P where completions are sampled, whole on every GPU.
+        whole: fsdp2 alone: 4 bytes of every weight of the policy, which each GPU gathers to sample and to evaluate, and at the
+            end; not at the same time as an update.
         activations: see `activation_bytes`.
         head: see `head_bytes`.
         cache: of keys and values of one sampled micro-batch, 2 n L K bytes a token; it does not meet the activations.
@@ -88,6 +90,7 @@ class Footprint:
     optimizer: float
     reference: float
     reward_model: float
+    whole: float
     activations: float
     head: float
     cache: float
@@ -100,10 +103,10 @@ class Footprint:
 
     @property
     def total(self) -> float:
-        """At the peak: what is held, and the larger of an update and of sampling."""
+        """At the peak: what is held, and the larger of an update and of sampling or evaluation."""
         passing = self.casts + self.activations + self.head
         update = self.gradients + passing if self.accumulated else max(self.gradients, passing)
-        return self.held + self.gathered + max(update, self.cache)
+        return self.held + max(self.gathered + update, self.whole + self.cache)
 
 
 def footprint(shape: Shape, setup: Setup, workload: Workload) -> Footprint:
@@ -112,7 +115,7 @@ def footprint(shape: Shape, setup: Setup, workload: Workload) -> Footprint:
     trained = shape.trained(setup.lora) + workload.heads * shape.hidden
     # Under LoRA the base carries the adapters besides.
     weights = shape.parameters + workload.heads * shape.hidden + (trained if setup.lora else 0)
-    copy = WIDE * shape.parameters / parts
+    copy = float(WIDE * shape.parameters)
     row = workload.tokens
     tokens = min(max(setup.micro_batch_tokens, row), workload.largest_batch(setup.gpus) * row)
     scored = tokens * workload.scored // row
@@ -125,6 +128,7 @@ def footprint(shape: Shape, setup: Setup, workload: Workload) -> Footprint:
         optimizer=2 * WIDE * trained / parts,
         reference=0.0 if setup.lora else copy,
         reward_model=copy if workload.sampled else 0.0,
+        whole=float(WIDE * weights) if parts > 1 else 0.0,
         activations=float(activation_bytes(shape, setup, tokens)),
         head=float(head_bytes(shape, scored) + head_workspace(shape, setup, scored)),
         cache=float(2 * setup.precision * shape.layers * shape.kv_heads * shape.head_size * tokens if workload.sampled else 0),

@@ -11,7 +11,10 @@ from prefopt.scaling.shape import Shape
 from prefopt.scaling.workload import Workload
 
 # Parts of a footprint in the order in which they are read, by their fields.
-_PARTS = ("weights", "casts", "gathered", "gradients", "optimizer", "reference", "reward_model", "activations", "head", "cache")
+_PARTS = (
+    "weights", "casts", "gathered", "gradients", "optimizer", "reference", "reward_model", "activations", "head", "whole",
+    "cache",
+)  # fmt: skip
 
 
 def sizes_grid(title: str, choices: Sequence[Choice], device: Device) -> Grid:
@@ -36,7 +39,10 @@ def parts_grid(choices: Sequence[Choice]) -> Grid:
         for name in shown
     ]
     total = (Entry("peak", "strong"), *(Entry(f"{choice.footprint.total / GIB:.2f}", "strong") for choice in choices))
-    captions = ("Gradients of an update in one micro-batch, and keys and values of sampling, do not meet the activations.",)
+    captions = (
+        "An update in one micro-batch has gradients after activations. The whole policy of fsdp2, and keys and values, are of "
+        "sampling and evaluation, which come between updates.",
+    )
     return Grid("memory of one GPU of G, GiB", tuple(columns), (*rows, total), captions)
 
 
@@ -97,6 +103,10 @@ def answer(choice: Choice, device: Device, name: str, adapters: Choice | None, f
     advice = [f"{fewest} GPUs hold it"] if fewest is not None else []
     if adapters is not None and adapters.fits:
         advice.append(f"{words(adapters)} fits here ({adapters.footprint.total / GIB:.1f} GiB)")
+    held = choice.footprint.whole + choice.footprint.reference
+    if fewest is None and choice.footprint.whole:
+        copies = "policy and reference whole" if choice.footprint.reference else "policy whole"
+        advice.append(f"more GPUs do not help, for each holds the {copies} to sample and to evaluate ({held / GIB:.1f} GiB)")
     return (
         f"Does not fit on {many}: the smallest setup, {words(choice)}, needs {need:.1f} GiB of each GPU, and "
         f"{device.usable / GIB:.1f} are usable. {'; '.join(advice) or 'A shorter --max-length or a smaller model may'}."

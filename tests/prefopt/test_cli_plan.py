@@ -23,11 +23,14 @@ def test_a_known_shape_on_eight_gpus(cli: Any) -> None:
 
 
 def test_what_does_not_fit_says_what_would(cli: Any) -> None:
-    done = cli("plan", "--model", "llama-70b", "--gpus", 8, "--gpu", "a100")
+    done = cli("plan", "--model", "llama-8b", "--gpus", 2, "--gpu", "a100")
     assert done.code == 0, done.err
-    assert "Does not fit on 8 a100" in done.last
+    assert "Does not fit on 2 a100" in done.last
     assert "GPUs hold it" in done.last
     assert "--lora 16 fits here" in done.last
+    large = cli("plan", "--model", "llama-70b", "--gpus", 64)
+    assert "Does not fit on 64 h100" in large.last
+    assert "more GPUs do not help, for each holds the policy and reference whole" in large.last
     small = cli("plan", "--model", "llama-8b", "--gpus", 1, "--lora", 8, "--activation-checkpointing")
     assert "Fits on 1 h100: --strategy single" in small.last
     assert "--activation-checkpointing --lora 8" in small.last

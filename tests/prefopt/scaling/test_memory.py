@@ -107,8 +107,10 @@ def shape_of(shape: Shape, layers: int) -> Shape:
 def test_parts_are_shared_out_by_fsdp2_alone() -> None:
     shape, workload = Shape.of(CONFIGS["wide"]), Workload("dpo", batch=64, length=LENGTH)
     ddp, fsdp2 = (footprint(shape, Setup(kind, 4, 1024), workload) for kind in ("ddp", "fsdp2"))
-    for part in ("weights", "gradients", "optimizer", "reference"):
+    for part in ("weights", "gradients", "optimizer"):
         assert getattr(fsdp2, part) * 4 == getattr(ddp, part)
+    assert fsdp2.reference == ddp.reference
+    assert (fsdp2.whole, ddp.whole) == (ddp.weights, 0)
     assert (ddp.gathered, fsdp2.casts) == (0, 0)
     assert fsdp2.gathered > 0
     assert ddp.activations == fsdp2.activations
