@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +75,7 @@ class Judged:
         parts = [f"{self._count('passed')} of {len(self.outcomes) - skipped} tests pass"]
         parts += [f"{skipped} skipped"] if skipped else []
         parts += [f"failed: {', '.join(failed)}"] if failed else []
-        return "; ".join(parts + [note for note in (self.row.partly, self.row.gpus) if note])
+        return "; ".join(parts + [note.removesuffix(".") for note in (self.row.partly, self.row.gpus) if note])
 
     def _count(self, outcome: str) -> int:
         return sum(found == outcome for found in self.outcomes.values())
@@ -129,8 +130,11 @@ def print_table(judged: Sequence[Judged], console: Console) -> None:
         state = f"[{_COLOURS[one.state]}]{one.state}[/]"
         table.add_row(str(one.row.number), one.row.title, one.row.users, state, one.summary)
     console.print(table)
-    handled = sum(one.state == "handled" for one in judged)
-    console.print(f"{handled} of {len(judged)} handled.", highlight=False)
+    console.print(_handled(judged), highlight=False)
+
+
+def _handled(judged: Sequence[Judged]) -> str:
+    return f"{sum(one.state == 'handled' for one in judged)} of {len(judged)} handled."
 
 
 def markdown(judged: Sequence[Judged]) -> str:
@@ -140,6 +144,8 @@ def markdown(judged: Sequence[Judged]) -> str:
         "",
         "What goes wrong, what users get then, and the tests that show it: `make faults` runs them and writes this page "
         "(`python -m benchmarks.faults --markdown docs/faults.md`).",
+        "",
+        f"Of {date.today().isoformat()}: {_handled(judged)}",
         "",
         "| # | what goes wrong | users get | | shown by |",
         "|---:|---|---|---|---|",
