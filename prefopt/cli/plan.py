@@ -12,6 +12,7 @@ from losses.suggestions import suggest_option
 from prefopt.cli.lookup import find_algorithm
 from prefopt.errors import ConfigError
 from prefopt.machine import standard_console
+from prefopt.models.loading import PACKAGED
 from prefopt.report.grid import to_rich
 from prefopt.scaling import DEVICES, SHAPES, Strategy, cheapest, read_shape, workload_of
 from prefopt.scaling.choice import RANK, fewest
@@ -36,7 +37,9 @@ def build(tokens: Sequence[str]) -> App:
 
 def _plan(
     *,
-    model: Annotated[str, Parameter(help=f"A folder, its config.json, or a shape: {', '.join(SHAPES)}.")],
+    model: Annotated[
+        str, Parameter(help=f"A folder, its config.json, a GGUF file, {PACKAGED}, or a shape: {', '.join(SHAPES)}.")
+    ],
     gpus: Annotated[int, Parameter(help="How many; eight share a machine.")] = 8,
     gpu: Annotated[str, Parameter(help=f"Which: {', '.join(DEVICES)}.")] = "h100",
     algorithm: Annotated[str, Parameter(help="A loss or a sum of losses, as `prefopt train` takes it.")] = "dpo",

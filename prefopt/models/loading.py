@@ -100,6 +100,30 @@ def load_model(
     return Loaded(model.to(place).eval(), tokenizer, name, source)
 
 
+def read_config(name: str) -> Any:
+    """The configuration of a model, without weights: nothing is converted, and no hub is asked.
+
+    Args:
+        name: as `load_model` takes it, or a config.json; hub ids are looked up in the hub's local cache.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    path = _packaged_file() if name == PACKAGED else Path(name).expanduser()
+    options: dict[str, Any] = {"local_files_only": True}
+    if path.exists() and path.suffix != ".json" and not (path / "config.json").exists():
+        gguf_file = _gguf_file(path)
+        if gguf_file is not None:
+            path, options["gguf_file"] = gguf_file.parent, gguf_file.name
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else name, **options)
+    except Exception as error:  # a broken GGUF file may raise anything
+        what = _reason(error) if path.exists() else "no local file or folder, and not in the hub's local cache"
+        raise ConfigError(f"cannot read the configuration of {name}: {what}.") from error
+
+
 def _packaged_file() -> Path:
     # The package is found, not imported: importing it needs the packages that it is installed without.
     spec = importlib.util.find_spec(_PACKAGED_MODULE)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from losses.suggestions import suggest_option
 from prefopt.errors import ConfigError
+from prefopt.models.loading import PACKAGED, read_config
 
 # Shapes of well-known sizes, so that a plan needs no file: those of Llama 3's configurations (Grattafiori et al. 2024).
 _LLAMA: Mapping[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "tie_word_embeddings": False}
@@ -108,19 +108,18 @@ def _count(module: nn.Module) -> int:
 
 
 def read_shape(name: str) -> Shape:
-    """The shape that a name of `SHAPES`, a model's folder, its config.json or a hub id in the local cache stands for.
+    """The shape of a model: a name of `SHAPES`, a config.json, or anything that `load_model` takes.
 
     Raises:
         ConfigError: none of them.
     """
     if name in SHAPES:
         return Shape.of(LlamaConfig(**SHAPES[name]), name)
-    path = Path(name).expanduser()
     try:
-        config = AutoConfig.from_pretrained(str(path) if path.exists() else name, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        config = read_config(name)
+    except ConfigError as error:
         raise ConfigError(
-            f"--model {name}: no configuration of a model there{suggest_option(name, list(SHAPES))}. Name a folder with "
-            f"config.json, that file, or a shape: {', '.join(SHAPES)}."
+            f"--model: {error} Name a folder with config.json, that file, a GGUF file, {PACKAGED}, or a shape: "
+            f"{', '.join(SHAPES)}{suggest_option(name, list(SHAPES))}."
         ) from error
     return Shape.of(config, name)

