@@ -64,8 +64,12 @@ def keep_freed_memory() -> bool:
 
 
 def standard_console() -> Console:
-    """Standard output: as wide as the terminal, or wide enough for tables where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+    """Standard output: as wide as the terminal, or wide enough for tables where there is none.
+
+    Text is printed as it is: paths, names of rows and messages of torch have brackets and colons, which rich would take for
+    markup and emoji, leave out, or stop at.
+    """
+    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, markup=False, emoji=False)
 
 
 def end_with_parent() -> None:

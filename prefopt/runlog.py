@@ -76,7 +76,7 @@ class RunLog:
         self._progress: Progress | None = None
         if console is not None and console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),

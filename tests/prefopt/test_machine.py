@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prefopt.machine import peak_memory_mb
+from prefopt.machine import peak_memory_mb, standard_console
 
 
 def test_a_child_does_not_inherit_its_parents_peak() -> None:
@@ -56,3 +56,10 @@ print(held, memory_mb(), peak_memory_mb())
     held, after, peak = map(float, child.stdout.split())
     assert held - 150 > after > 10
     assert peak > held - 1  # Linux brings its two counters up to date in batches of pages
+
+
+def test_text_with_brackets_and_colons_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A path may hold what rich takes for markup, a row's name `file:100:` what it takes for an emoji."""
+    for text in ("policy: runs/x[red]/[/b]", "a.jsonl:100: left out", "([enforce fail at a.cpp:1] err == 0)"):
+        standard_console().print(text, highlight=False, soft_wrap=True)
+        assert capsys.readouterr().out == f"{text}\n"
