@@ -22,6 +22,7 @@ T = TypeVar("T")
 # What torch's allocator for a CPU says, which has no exception of its own.
 _CPU_ALLOCATOR = "can't allocate memory"
 _LOWER = "Lower --micro-batch-tokens or --max-length, or set --activation-checkpointing or --lora 16"
+_LOWER_ALONE = "Lower --max-length, or set --activation-checkpointing or --lora 16"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -51,14 +52,29 @@ def explained(step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        largest = max(micro_batches, key=lambda batch: batch.tokens)
+        alone = isinstance(error, NothingToHalveError)
+        parts = error.parts if isinstance(error, NothingToHalveError) else micro_batches
+        largest = max(parts, key=lambda batch: batch.tokens)
         raise TrainingError(
-            f"step {step}: out of memory ({_first_line(error)}). The step has {len(micro_batches)} micro-batches; the largest "
-            f"has {len(largest.ids)} rows of {largest.tokens} tokens together, the longest completion {largest.sizes['T']}. "
-            f"Rows: {some_ids(largest.ids)}. "
-            f"{_LOWER}; --on-out-of-memory halve splits what does not fit. None of these but --max-length and --lora changes "
-            "the update."
+            f"step {step}: out of memory ({_first_line(error)}). The step has {len(parts)} micro-batches"
+            f"{', halved as far as they can be' if alone else ''}; the largest has {len(largest.ids)} rows of {largest.tokens} "
+            f"tokens together, the longest completion {largest.sizes['T']}. Rows: {some_ids(largest.ids)}. "
+            f"{_LOWER_ALONE if alone else _LOWER}, in a new run (of these, only --max-length and --lora change the update)"
+            f"{'' if alone else '; --on-out-of-memory halve splits what does not fit, and a run may be resumed with it'}."
         ) from error
+
+
+class NothingToHalveError(MemoryError):
+    """Memory is not enough for micro-batches that cannot be halved any more.
+
+    Args:
+        what: the allocator said.
+        parts: the micro-batches of the step.
+    """
+
+    def __init__(self, what: str, parts: Sequence[Batch]) -> None:
+        super().__init__(what)
+        self.parts = parts
 
 
 class Halver:
@@ -83,7 +99,8 @@ class Halver:
             undo: called before `compute`; what it returns takes back what a failed `compute` did.
 
         Raises:
-            Exception: as `compute`; out of memory when nothing is left to halve, or nothing is to be halved.
+            NothingToHalveError: out of memory, and nothing is left to halve.
+            Exception: as `compute`; so is out of memory where nothing is to be halved.
         """
         if not self._wanted:
             return micro_batches, compute(micro_batches)
@@ -94,8 +111,10 @@ class Halver:
                 return parts, compute(parts)
             except Exception as error:
                 largest = max(part.tokens for part in parts)
-                if not is_out_of_memory(error) or all(halves(part) is None for part in parts if part.tokens == largest):
+                if not is_out_of_memory(error):
                     raise
+                if all(halves(part) is None for part in parts if part.tokens == largest):
+                    raise NothingToHalveError(_first_line(error), parts) from error
                 self._limit = largest - 1
                 self._say(f"out of memory ({_first_line(error)}): micro-batches of {largest} tokens and more are halved.")
             # Out of the handler, so that the error no longer holds on to what was computed.
@@ -173,4 +192,6 @@ def _of_items(name: str, kept: Mapping[str, Tensor]) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    # Before it stands the line of torch's source that failed.
+    return line[max(line.find(_CPU_ALLOCATOR), 0) :][:160].rstrip(".")
