@@ -195,6 +195,13 @@ def _from_folder(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
             )  # fmt: skip
     # What the libraries raise for a broken folder: a cut file, a missing tokenizer, an unknown architecture.
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        # transformers answers for its own callers, and names a page of the hub even for a folder.
+        if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
+            files = ", ".join(sorted(file.name for file in path.glob("*.py"))) or "not in the folder itself"
+            raise ConfigError(
+                f"{path} cannot be loaded without code of its own ({files}), which has not been run. Read it: if you trust it, "
+                "--trust-remote-code runs it. Models of an architecture that transformers knows need none."
+            ) from error
         raise ConfigError(f"cannot load a model from {path}: {_reason(error)}.") from error
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would warn, and fill them with random numbers
