@@ -26,6 +26,7 @@ from typing import Any, Literal
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prefopt.machine import standard_console
 
@@ -127,8 +128,9 @@ def print_table(judged: Sequence[Judged], console: Console) -> None:
     for name in ("#", "what goes wrong", "users get", "", "shown by"):
         table.add_column(name, justify="right" if name == "#" else "left")
     for one in judged:
-        state = f"[{_COLOURS[one.state]}]{one.state}[/]"
-        table.add_row(str(one.row.number), one.row.title, one.row.users, state, one.summary)
+        table.add_row(
+            str(one.row.number), one.row.title, one.row.users, Text(one.state, style=_COLOURS[one.state]), one.summary
+        )
     console.print(table)
     console.print(_handled(judged), highlight=False)
 

@@ -45,7 +45,7 @@ def render(report: DataReport) -> RenderableType:
 
 def render_plain(report: DataReport, width: int = 120) -> str:
     """The same as text without colours, `width` characters wide."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, markup=False, emoji=False)
     console.print(render(report))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
