@@ -58,3 +58,26 @@ def listening(wanted: bool, echo: float = 0.0) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def telling(text: str) -> Iterator[None]:
+    """Says `text` before SIGTERM or SIGUSR1 ends the process at once, where nothing else takes them; they would do so silently.
+
+    SIGINT, which Python raises as KeyboardInterrupt, is left to the caller.
+    """
+
+    def tell(number: int, _: FrameType | None) -> None:
+        os.write(_STANDARD_ERROR, f"{signal.Signals(number).name}: {text}\n".encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    ours = [n for n in SIGNALS if n != signal.SIGINT and main_thread and signal.getsignal(n) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, tell)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 
 from prefopt import __version__
 from prefopt.errors import PrefoptError, Stopped
+from prefopt.stopping import telling
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # A disk, a quota, and the largest file that is allowed.
@@ -94,14 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wanted in _AGAIN and wanted != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print(f"error: {_ONE_PROCESS.format(wanted)}", file=sys.stderr)
         return USAGE
+    again = f"The same command {_AGAIN.get(wanted, 'starts again')}."
     try:
-        code = _build(wanted, tokens)(tokens, exit_on_error=False, print_error=False)
+        with telling(f"interrupted. {again}"):
+            code = _build(wanted, tokens)(tokens, exit_on_error=False, print_error=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        print(f"interrupted. The same command {_AGAIN.get(wanted, 'starts again')}.", file=sys.stderr)
+        print(f"interrupted. {again}", file=sys.stderr)
         return INTERRUPTED
     except Stopped as error:
-        print(f"{error} The same command {_AGAIN.get(wanted, 'starts again')}.", file=sys.stderr)
+        print(f"{error} {again}", file=sys.stderr)
         return error.exit_code
     except CycloptsError as error:
         if debug:
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {_usage_message(error, wanted, tokens)}", file=sys.stderr)
         return USAGE
     except Exception as error:
-        found = _outcome(error, f"The same command {_AGAIN.get(wanted, 'starts again')}.")
+        found = _outcome(error, again)
         if debug or found is None:
             raise
         code, message = found

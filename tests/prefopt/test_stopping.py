@@ -17,7 +17,7 @@ import pytest
 from prefopt import trainer
 from prefopt.checkpoint import list_checkpoints
 from prefopt.errors import Stopped
-from prefopt.stopping import SIGNALS, listening
+from prefopt.stopping import SIGNALS, listening, telling
 
 GRIDWORLD = (
     "train", "dpo", "--data", "control:gridworld", "--segment-length", 4, "--pairs", 40, "--batch-size", 10, "--epochs", 1,
@@ -87,6 +87,35 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGTERM
     assert done.stdout == "still here\n"
     assert "SIGTERM: stopping after this step; again to stop at once." in done.stderr
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_outside_of_the_loop_a_signal_ends_the_command_and_says_how_to_go_on(name: str) -> None:
+    """As while data is read or a shared stage is trained: Python alone would end without a word."""
+    number = getattr(signal, name)
+    program = f"""
+        import os, prefopt.cli
+        prefopt.cli._build = lambda *_: lambda *_, **__: os.kill(os.getpid(), {int(number)})
+        prefopt.cli.main(["train", "dpo"])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -number
+    assert done.stderr == f"{name}: interrupted. The same command with --resume goes on from the newest checkpoint.\n"
+
+
+def test_handlers_of_others_are_left_alone() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with telling("x"), listening(True):
+        pass
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    taken = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with telling("x"):
+            assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, taken)
 
 
 def test_it_comes_back_from_a_worker_as_it_was() -> None:
