@@ -37,12 +37,13 @@ def explain(error: BaseException) -> str:
 
 
 @contextmanager
-def explained(step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:
+def explained(where: str, micro_batches: Sequence[Batch], *, divisible: bool = True) -> Iterator[None]:
     """Says what a step held that did not fit.
 
     Args:
-        step: 1-based.
+        where: the run and its step.
         micro_batches: of the step.
+        divisible: the run could go on with halved micro-batches.
 
     Raises:
         TrainingError: the block ran out of memory.
@@ -55,12 +56,13 @@ def explained(step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:
         alone = isinstance(error, NothingToHalveError)
         parts = error.parts if isinstance(error, NothingToHalveError) else micro_batches
         largest = max(parts, key=lambda batch: batch.tokens)
+        offer = "; --on-out-of-memory halve splits what does not fit, and a run may be resumed with it"
         raise TrainingError(
-            f"step {step}: out of memory ({_first_line(error)}). The step has {len(parts)} micro-batches"
+            f"{where}: out of memory ({_first_line(error)}). The step has {len(parts)} micro-batches"
             f"{', halved as far as they can be' if alone else ''}; the largest has {len(largest.ids)} rows of {largest.tokens} "
             f"tokens together, the longest completion {largest.sizes['T']}. Rows: {some_ids(largest.ids)}. "
             f"{_LOWER_ALONE if alone else _LOWER}, in a new run (of these, only --max-length and --lora change the update)"
-            f"{'' if alone else '; --on-out-of-memory halve splits what does not fit, and a run may be resumed with it'}."
+            f"{offer if divisible and not alone else ''}."
         ) from error
 
 

@@ -115,7 +115,7 @@ def fit(
         if run.step == 0:
             run.evaluate(log, evaluate, evaluate_at)
         while (micro_batches := run.feed.next()) is not None:
-            with explained(run.step + 1, micro_batches):
+            with explained(f"{title}, step {run.step + 1}", micro_batches, divisible=strategy.communicator.world_size == 1):
                 run.update(micro_batches)
             run.feed.prefetch()  # before anything waits for the device
             run.after_update(log)

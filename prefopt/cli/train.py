@@ -259,7 +259,10 @@ def _refuse_links(found: Sequence[Path]) -> None:
 def _refuse_unless_told(output: Path, differing: set[str], resume: bool, overwrite: bool) -> None:
     if resume:
         names = ", ".join(sorted(differing))
-        raise OutputError(f"{output} holds a run with other options ({names}), so --resume cannot go on with it.")
+        raise OutputError(
+            f"{output} holds a run with other options ({names}), so --resume cannot go on with it: give it the options in its "
+            "config.json, name another folder, or --overwrite it."
+        )
     if not overwrite:
         raise OutputError(
             f"{output} holds a run already: --resume goes on with it, --overwrite deletes it; or name another folder."

@@ -71,7 +71,10 @@ def _prepare(output: Path, config: Any, resume: bool, overwrite: bool) -> None:
         if (output / round_name(1)).exists():
             if resume:
                 names = ", ".join(sorted(differences(held, config)))
-                raise OutputError(f"{output} holds a loop with other options ({names}), so --resume cannot go on with it.")
+                raise OutputError(
+                    f"{output} holds a loop with other options ({names}), so --resume cannot go on with it: give it the "
+                    "options in its config.json, name another folder, or --overwrite it."
+                )
             if not overwrite:
                 raise OutputError(
                     f"{output} holds a loop already: --resume goes on with it, --overwrite deletes it; or name another folder."
