@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 CHECKED := losses prefopt tests benchmarks docs
 
 # The models of the tests are tiny: two processes of one thread each finish sooner than one process of two.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-slow test-gpu lint format readme docs bench bench-exact bench-hh bench-speed bench-mutants clean

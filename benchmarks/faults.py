@@ -113,7 +113,7 @@ def run_tests(numbers: Sequence[int], workers: int) -> list[dict[str, Any]]:
         path = Path(folder) / "outcomes.json"
         command = [sys.executable, "-m", "pytest", "-p", "benchmarks.fault_plugin", "--fault-outcomes", str(path), "-q"]
         command += ["--fault-rows", ",".join(map(str, numbers)), "-m", "fault and not gpu"]
-        command += ["-n", str(workers)] if workers > 1 else []
+        command += ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environment)
         if not path.exists() or done.returncode not in (0, 1, 5):  # passed, some failed, none found

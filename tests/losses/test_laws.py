@@ -195,6 +195,7 @@ def test_the_laws_hold_for_groups_of_completions() -> None:
     assert failures("unmasked", 0)[0].startswith("padding_invariant")
 
 
+@pytest.mark.slow
 def test_a_users_file_enters_the_laws(tmp_path: Path) -> None:
     """`--import FILE` registers before collection; a file that is not there is an error."""
     mine = tmp_path / "mine.py"

@@ -48,7 +48,7 @@ from prefopt.trainer import FitResult, fit
 
 WORLD = ExactWorld(WorldConfig(seed=1, prompts=5, symbols=5, max_completion_length=6))
 STEPS, SAVE_EVERY = 20, 8
-TIMEOUT = 30.0
+TIMEOUT = 20.0
 # 9 rollouts in batches of 4: the last minibatch of a buffer has one row, so that a rank goes without.
 ROLLOUTS = {"rollout_size": 9, "max_new_tokens": 4}
 MORE: dict[str, dict[str, Any]] = {"ppo": {**ROLLOUTS, "kl_target": 0.5, "scale_scores": "running", "stop_kl": 0.02}}
@@ -64,6 +64,7 @@ class Scenario:
     checkpointing: bool = False
     reference_pass: str = "ahead"
     temperature: float = 1.0
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -77,14 +78,14 @@ HEADLINE = ("dpo", "kto", "aot", "ppo")
 EXACT = [Scenario(name, lora) for name in HEADLINE for lora in (False, True)]
 FLOAT32 = [Scenario(name, dtype=torch.float32) for name in HEADLINE]
 OTHERS = [
-    Scenario("dpo", lora=True, checkpointing=True),
-    Scenario("dpo", checkpointing=True),
-    Scenario("ipo", lora=True, reference_pass="in-loop"),
-    Scenario("bco"),
-    Scenario("tdpo"),
-    Scenario("tdpo", lora=True),
-    Scenario("online_dpo", temperature=0.7),
-    Scenario("plackett_luce"),
+    Scenario("dpo", lora=True, checkpointing=True, steps=10),
+    Scenario("dpo", checkpointing=True, steps=10),
+    Scenario("ipo", lora=True, reference_pass="in-loop", steps=10),
+    Scenario("bco", steps=10),
+    Scenario("tdpo", steps=10),
+    Scenario("tdpo", lora=True, steps=10),
+    Scenario("online_dpo", temperature=0.7, steps=10),
+    Scenario("plackett_luce", steps=10),
 ]
 
 
@@ -126,7 +127,10 @@ def stream_of(
     scenario: Scenario, setting: Setting, policy: CausalLMPolicy, reference: FrozenReference, strategy: Strategy
 ) -> Stream:
     if not setting.algorithm.on_policy:
-        budget = Budget(7, 0, 60, epochs=100, max_steps=STEPS, seed=1, reference_pass=scenario.reference_pass)  # type: ignore[arg-type]
+        budget = Budget(
+            7, 0, 60, epochs=100, max_steps=scenario.steps, seed=1,
+            reference_pass=scenario.reference_pass,  # type: ignore[arg-type]
+        )  # fmt: skip
         return OfflineStream(
             rows(), kind=setting.algorithm.stream, budget=budget, needs=setting.loss.needs,
             reference=ReferenceCache(reference), dtype=policy.dtype, strategy=strategy,
@@ -135,7 +139,7 @@ def stream_of(
     advantage = setting.algorithm.loss.advantage
     workshop = Workshop(
         policy, reference, count_a, examples, {e.id: WORLD.layout.text(e.prompt_ids) for e in examples},
-        Budget(4, 0, 40, epochs=100, max_steps=STEPS, seed=1), (WORLD.layout.eos,), 6, setting.loss.needs,
+        Budget(4, 0, 40, epochs=100, max_steps=scenario.steps, seed=1), (WORLD.layout.eos,), 6, setting.loss.needs,
         None if advantage is None else partial(advantage, **setting.advantage_options), policy.dtype, strategy,
     )  # fmt: skip
     make = online if setting.algorithm.online else rollouts

@@ -201,6 +201,7 @@ def test_a_text_policy_loads_with_its_tokenizer(
     assert not torch.allclose(start, trained, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compare_ends_with_the_path_of_its_report(cli: Any, tmp_path: Path) -> None:
     study = tmp_path / "study"
     done = cli("compare", "dpo", "ipo", *TINY, "--seeds", 1, "--workers", 0, "--set", "dpo.beta=0.5", "--output-dir", study)

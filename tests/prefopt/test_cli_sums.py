@@ -63,6 +63,7 @@ def test_a_sum_trains_under_its_own_name(cli: Any, tmp_path: Path) -> None:
     assert (again.code, again.last) == (0, f"already finished; the policy is in {run / 'policy'}")
 
 
+@pytest.mark.slow
 def test_sums_are_compared_beside_others(cli: Any, tmp_path: Path) -> None:
     study = tmp_path / "study"
     done = cli(

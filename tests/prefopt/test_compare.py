@@ -151,6 +151,7 @@ def cells_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return ran
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again_and_new_algorithms_join(
     tiny_world: Path, tmp_path: Path, cells_run: list[tuple[str, int]]
 ) -> None:
@@ -168,6 +169,7 @@ def test_finished_cells_are_not_run_again_and_new_algorithms_join(
     assert both.values("dpo", "reward") != both.values("dpo beta=0.5", "reward")
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_reported_and_the_others_finish(
     tiny_world: Path, tmp_path: Path, cells_run: list[tuple[str, int]]
 ) -> None:

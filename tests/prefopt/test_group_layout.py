@@ -52,6 +52,7 @@ def dense_attention(
     return (scores.softmax(-1) @ value).transpose(0, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(GROUPS, st.sampled_from([(1, 1), (2, 1), (2, 3)]), st.sampled_from([None, 5, 64]), st.integers(0, 2**16))
 def test_blocks_equal_dense_attention(
@@ -85,6 +86,7 @@ def test_small_groups_share_units_and_long_ones_are_cut_into_blocks() -> None:
     assert area <= 300 * 301 // 2 + 100 * 400 + 40 * 340 + 3 * group_layout.BLOCK**2
 
 
+@pytest.mark.slow
 def test_dropout_has_its_gradient() -> None:
     """With the same draws the backward is the derivative of the forward, and the mean over draws is the plain output."""
     layout = build_group_layout(layout_of([(3, [2, 4]), (60, [5])]))

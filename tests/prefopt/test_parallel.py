@@ -26,6 +26,8 @@ from prefopt import checkpoint
 from prefopt.errors import OutputError
 from prefopt.parallel.strategy import Strategy
 
+# On one worker of several: they share the pair, which takes two cores as it is.
+pytestmark = pytest.mark.xdist_group("pair")
 SCRIPT = Path(__file__).with_name("parallel_scenarios.py")
 STRATEGIES = ("ddp", "fsdp2")
 # In a quiet hour the pair takes under two minutes of two cores.
@@ -127,8 +129,8 @@ def check_lines(got: list[dict[str, float]], wanted: list[dict[str, float]], tol
 @pytest.mark.parametrize("scenario", [*scenarios.EXACT, *scenarios.OTHERS], ids=lambda scenario: scenario.name)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_pair_trains_as_one_process(strategy: str, scenario: Any, results: Path) -> None:
-    """20 steps in float64: weights to 1e-9 (they move by more than 1e-3) and every metric to 1e-9, also where a step has fewer
-    rows than ranks, rows of very different length, or micro-batches of unequal numbers of rows."""
+    """20 steps (10 of what is no headline) in float64: weights to 1e-9 (they move by more than 1e-3) and every metric to 1e-9, also
+    where a step has fewer rows than ranks, rows of very different length, or micro-batches of unequal numbers of rows."""
     one, two = results / "single" / scenario.name, results / strategy / scenario.name
     assert furthest(weights(two), weights(one)) < 1e-9
     setting = scenarios.algorithms.get(scenario.algorithm).setting(**scenarios.MORE.get(scenario.algorithm, {}))

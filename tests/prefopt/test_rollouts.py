@@ -609,6 +609,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.fault(2)
 def test_kill_9_and_resume_ppo_equals_the_uninterrupted_run(tmp_path: Path) -> None:
