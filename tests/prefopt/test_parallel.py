@@ -129,7 +129,7 @@ def check_lines(got: list[dict[str, float]], wanted: list[dict[str, float]], tol
 @pytest.mark.parametrize("scenario", [*scenarios.EXACT, *scenarios.OTHERS], ids=lambda scenario: scenario.name)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_pair_trains_as_one_process(strategy: str, scenario: Any, results: Path) -> None:
-    """20 steps (10 of what is no headline) in float64: weights to 1e-9 (they move by more than 1e-3) and every metric to 1e-9, also
+    """20 steps (10 of what is no headline) in float64: weights to 1e-9 (they move by more than 1e-3) and every metric too, also
     where a step has fewer rows than ranks, rows of very different length, or micro-batches of unequal numbers of rows."""
     one, two = results / "single" / scenario.name, results / strategy / scenario.name
     assert furthest(weights(two), weights(one)) < 1e-9
